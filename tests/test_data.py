@@ -1,0 +1,322 @@
+"""IDX files, published data sets, subsets, planted features."""
+import gzip
+import math
+import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from superposition_lc import data as module
+from superposition_lc.data import load_dataset, planted_activations, read_idx
+
+
+def idx(array, code=8):
+    "The array as the bytes of an IDX file."
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    "A path to write to; hypothesis runs many examples on one."
+    return tmp_path_factory.mktemp("idx") / "a file.gz"
+
+
+# --- IDX
+
+@pytest.mark.parametrize("code, dtype", [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_idx_types(file, code, dtype, pack):
+    array = np.array([[1, -2, 3], [100, 5, 6]]).astype(dtype)
+    file.write_bytes(pack(idx(array, code)))
+    found = read_idx(file)
+    assert found.tolist() == array.tolist() and found.element_size() == array.itemsize
+    found += 1  # it can be written to
+
+
+def test_idx_without_items(file):
+    file.write_bytes(idx(np.zeros((0, 28, 28), np.uint8)))
+    assert read_idx(file).shape == (0, 28, 28)
+
+
+def test_idx_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_idx(tmp_path / "nothing")
+
+
+@given(cut=st.integers(0, len(idx(IMAGES)) - 1), packed=st.booleans())
+def test_idx_cut_short(file, cut, packed):
+    whole = idx(IMAGES)
+    file.write_bytes(gzip.compress(whole[:cut]) if packed else whole[:cut])
+    with pytest.raises(ValueError, match="a file.gz: found .*, expected .*Fix: fetch the file again"):
+        read_idx(file)
+
+
+@given(cut=st.integers(2, len(gzip.compress(idx(IMAGES))) - 1))
+def test_gzip_cut_short(file, cut):
+    file.write_bytes(gzip.compress(idx(IMAGES))[:cut])
+    with pytest.raises(ValueError, match="a file.gz: found a damaged gzip stream"):
+        read_idx(file)
+
+
+@given(at=st.integers(10, len(gzip.compress(idx(IMAGES))) - 1), bit=st.integers(0, 7))
+def test_gzip_with_one_bit_flipped(file, at, bit):
+    raw = bytearray(gzip.compress(idx(IMAGES)))
+    raw[at] ^= 1 << bit
+    file.write_bytes(raw)
+    try:
+        assert read_idx(file).tolist() == IMAGES.tolist()  # a bit that means nothing
+    except ValueError as e:
+        assert "a file.gz" in str(e)
+
+
+@given(raw=st.binary(max_size=64), start=st.sampled_from([b"", b"\0\0\x08\x03", b"\0\0\x0d\x01", b"\x1f\x8b", b"\x1f\x8b\x08\0"]))
+def test_idx_any_bytes(file, raw, start):
+    "Whatever the bytes: an array that accounts for all of them, or a ValueError."
+    file.write_bytes(start + raw)
+    try:
+        found = read_idx(file)
+    except ValueError as e:
+        assert "a file.gz" in str(e)
+    else:
+        assert found.numel() * found.element_size() + 4 + 4 * found.ndim == len(start + raw)
+
+
+@pytest.mark.parametrize("header", ["00000803ffffffffffffffffffffffff", "000008ff" + "00000001" * 255, "00000800", "00000a01"])
+def test_idx_absurd_header(file, header):
+    file.write_bytes(bytes.fromhex(header))
+    with pytest.raises(ValueError):
+        read_idx(file)
+
+
+def test_idx_too_long(file):
+    file.write_bytes(idx(IMAGES) + b"\0")
+    with pytest.raises(ValueError, match="found 25 bytes of data, expected 24"):
+        read_idx(file)
+
+
+# --- data sets
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset()
+
+
+def test_digits(digits):
+    from sklearn.datasets import load_digits
+    assert digits.name == "digits" and digits.n_classes == 10
+    for x, y in [(digits.x_train, digits.y_train), (digits.x_test, digits.y_test)]:
+        assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (len(y), 1, 8, 8)
+        assert x.min() == 0 and x.max() == 1
+        assert torch.equal(x * 16, (x * 16).round())
+    rows = torch.cat([digits.x_train, digits.x_test]).flatten(1).mul(16).tolist()
+    assert sorted(rows) == sorted(load_digits().data.tolist())  # every image once
+    share = digits.y_train.bincount() / (digits.y_train.bincount() + digits.y_test.bincount())
+    assert (share - 0.75).abs().max() < 0.01
+
+
+def test_split_does_not_depend_on_seed(digits):
+    test_images = {tuple(x) for x in digits.x_test.flatten(1).tolist()}
+    assert torch.equal(load_dataset(seed=7).x_train, digits.x_train)
+    part = load_dataset(n_train=500, n_test=100, seed=7)
+    assert {tuple(x) for x in part.x_test.flatten(1).tolist()} <= test_images
+    assert not {tuple(x) for x in part.x_train.flatten(1).tolist()} & test_images
+
+
+def test_subsets(digits):
+    small, large = load_dataset(n_classes=4, n_train=50, n_test=20), load_dataset(n_classes=4, n_train=200, n_test=20)
+    assert len(small.x_train) == 50 and len(large.x_train) == 200 and len(small.x_test) == 20
+    assert torch.equal(small.x_train, large.x_train[:50])  # a larger subset contains the smaller
+    assert torch.equal(small.x_train, load_dataset(n_classes=4, n_train=50).x_train)
+    assert not torch.equal(small.x_train, load_dataset(n_classes=4, n_train=50, seed=1).x_train)
+    assert not torch.equal(small.x_train, digits.x_train[digits.y_train < 4][:50])  # not the first ones
+    assert len({tuple(x) for x in large.x_train.flatten(1).tolist()}) == 200  # no image twice
+    known = {(tuple(x), y) for x, y in zip(digits.x_train.flatten(1).tolist(), digits.y_train.tolist())}
+    assert {(tuple(x), y) for x, y in zip(large.x_train.flatten(1).tolist(), large.y_train.tolist())} <= known  # labels go along
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+def test_classes(digits, k):
+    part = load_dataset(n_classes=k)
+    assert part.y_train.unique().tolist() == list(range(k))
+    assert torch.equal(part.x_test, digits.x_test[digits.y_test < k])
+
+
+def test_loading_leaves_random_numbers_alone():
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    load_dataset(n_train=10)
+    planted_activations(5, 3, 10)
+    assert torch.equal(state, torch.get_rng_state()) and (numpy_state == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("bad, says", [
+    (dict(n_classes=11), "n_classes=11: must be 1 to 10"), (dict(n_classes=0), "n_classes"),
+    (dict(n_train=0), "n_train=0"), (dict(n_test=451), "n_test=451: must be 1 to 450"), (dict(n_train=-1), "n_train")])
+def test_bad_subset(bad, says):
+    with pytest.raises(ValueError, match=says):
+        load_dataset(**bad)
+
+
+@pytest.mark.parametrize("name, says", [("mnits", "did you mean 'mnist'"), ("FashionMNIST", "did you mean 'fashion_mnist'"),
+                                        ("imagenet", "Known: digits, mnist, fashion_mnist"), (None, "Known"), (3, "Known")])
+def test_unknown_name(name, says):
+    with pytest.raises(ValueError, match=says):
+        load_dataset(name)
+
+
+@pytest.mark.parametrize("name, mean, std, first", [("mnist", .1307, .3081, [5, 0, 4, 1, 9]), ("fashion_mnist", .2860, .3530, [9, 0, 0, 3, 0])])
+def test_published(data_root, monkeypatch, name, mean, std, first):
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(data_root))
+    full = load_dataset(name)
+    assert full.x_train.shape == (60_000, 1, 28, 28) and full.x_test.shape == (10_000, 1, 28, 28)
+    assert full.x_train.dtype == torch.float32 and full.x_train.min() == 0 and full.x_train.max() == 1
+    assert full.x_train.mean().item() == pytest.approx(mean, abs=1e-4) and full.x_train.std().item() == pytest.approx(std, abs=1e-4)
+    assert full.y_train[:5].tolist() == first  # in the order published, labels with their images
+    part = load_dataset(name, n_classes=2, n_train=1000, n_test=100, seed=3)
+    assert part.x_train.shape == (1000, 1, 28, 28) and part.y_train.unique().tolist() == [0, 1]
+
+
+def test_folder_without_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz is missing. Fix: .*unset SUPERPOSITION_LC_DATA"):
+        load_dataset("mnist")
+
+
+def test_folder_with_another_file(tmp_path, monkeypatch):
+    "Well-formed, but not what was published."
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    for file in module._FILES:
+        (tmp_path / "mnist" / file).write_bytes(gzip.compress(idx(IMAGES)))
+    with pytest.raises(ValueError, match="found sha256 [0-9a-f]{64}, expected 440fcabf.*not the published file"):
+        load_dataset("mnist")
+
+
+# --- downloads, from a server on this machine
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    "A tiny 'mnist' on two mirrors, of which the first serves wrong files; the cache is a temporary folder."
+    import hashlib
+    files = {f: gzip.compress(idx(a), mtime=0) for f, a in zip(module._FILES, [IMAGES, np.array([0, 1], np.uint8)] * 2)}
+    for mirror in ("wrong", "right"):
+        (tmp_path / mirror).mkdir()
+        for name, raw in files.items():
+            (tmp_path / mirror / name).write_bytes(raw if mirror == "right" else b"<html>moved</html>")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=tmp_path))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.delenv("SUPERPOSITION_LC_DATA", raising=False)
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setitem(module._SHA256, "mnist", tuple(hashlib.sha256(files[f]).hexdigest() for f in module._FILES))
+    monkeypatch.setitem(module._MIRRORS, "mnist", (f"{base}/missing/", f"{base}/wrong/", f"{base}/right/"))
+    yield tmp_path
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_download_tries_the_next_mirror(tiny, monkeypatch):
+    data = load_dataset("mnist", progress=False)
+    assert data.x_train.shape == (2, 1, 3, 4) and data.y_test.tolist() == [0, 1]
+    monkeypatch.setitem(module._MIRRORS, "mnist", ())  # from here on only the cache is left
+    with pytest.raises(OSError, match="could not download train-images-idx3-ubyte.gz of mnist. Fix: .*SUPERPOSITION_LC_DATA"):
+        load_dataset("mnist", progress=False)
+
+
+def test_second_load_reads_the_cache(tiny, monkeypatch):
+    load_dataset("mnist", progress=False)
+    for mirror in ("wrong", "right"):
+        for file in (tiny / mirror).iterdir():
+            file.unlink()
+    assert len(load_dataset("mnist", progress=False).x_train) == 2
+
+
+def test_damaged_cache_is_fetched_again(tiny):
+    load_dataset("mnist", progress=False)
+    (tiny / "cache" / "superposition_lc" / "mnist" / module._FILES[0]).write_bytes(b"half a file")
+    assert len(load_dataset("mnist", progress=False).x_train) == 2
+
+
+def test_no_mirror_works(tiny, monkeypatch):
+    monkeypatch.setitem(module._MIRRORS, "mnist", module._MIRRORS["mnist"][:2])
+    with pytest.raises(OSError, match="could not download") as e:
+        load_dataset("mnist", progress=False)
+    assert "missing" in str(e.value) and "wrong" in str(e.value)  # both reasons
+
+
+# --- planted features
+
+@pytest.mark.parametrize("power", [0., 1., 3.])
+def test_planted_truth(power):
+    p = planted_activations(40, 10, 60_000, activity=0.1, power=power)
+    assert p.shares.dtype == torch.float64 and p.shares.sum().item() == pytest.approx(1)
+    fires = (p.features > 0).double().mean(0)
+    assert fires.mean().item() == pytest.approx(0.1, abs=2e-3)
+    assert fires.max() < 0.91
+    counted = p.features.double().mean(0) / p.features.double().mean(0).sum()
+    assert (counted - p.shares).abs().max() < 5e-3
+    truth = -(p.shares * p.shares.log()).sum()
+    assert p.effective_features == pytest.approx(math.exp(truth))
+    assert (p.shares.diff() <= 0).all()  # common ones first
+    strengths = p.features[p.features > 0]
+    assert strengths.mean().item() == pytest.approx(0.5, abs=0.01) and strengths.max() < 1
+
+
+@given(k=st.integers(1, 200), activity=st.floats(1e-4, 0.9), power=st.floats(0, 6))
+def test_firing_probabilities(k, activity, power):
+    p = module._firing_probabilities(k, activity, power)
+    assert p.mean().item() == pytest.approx(activity) and p.max() <= 0.9 + 1e-12 and p.min() >= 0
+    assert (p.diff() <= 1e-12).all()
+
+
+def test_error_of_counted_usage_falls_as_it_should():
+    "A hundred times the samples: a tenth of the error, give or take."
+    def error(n):
+        errors = []
+        for seed in range(5):
+            p = planted_activations(20, 5, n, activity=0.2, power=1, seed=seed)
+            u = p.features.double().mean(0)
+            errors.append((u / u.sum() - p.shares).norm())
+        return torch.stack(errors).mean()
+    assert error(100) / error(10_000) == pytest.approx(10, rel=0.5)
+
+
+def test_planted_geometry():
+    p = planted_activations(30, 12, 500)
+    assert p.activations.shape == (500, 12) and p.features.shape == (500, 30) and p.directions.shape == (30, 12)
+    assert p.activations.dtype == p.features.dtype == p.directions.dtype == torch.float32
+    assert torch.allclose(p.directions.norm(dim=1), torch.ones(30))
+    assert torch.allclose(p.activations, p.features @ p.directions, atol=1e-6)
+
+
+def test_planted_noise_is_added_to_the_same_features():
+    clean, noisy = planted_activations(30, 12, 5000), planted_activations(30, 12, 5000, noise=0.1)
+    assert torch.equal(clean.features, noisy.features) and torch.equal(clean.directions, noisy.directions)
+    assert (noisy.activations - clean.activations).std().item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_planted_seed():
+    a, b, c = (planted_activations(30, 12, 50, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a.activations, b.activations) and not torch.equal(a.directions, c.directions)
+
+
+@pytest.mark.parametrize("bad", [dict(n_features=0), dict(n_neurons=0), dict(n_samples=-1), dict(activity=0.), dict(activity=0.95),
+                                 dict(activity=math.nan), dict(power=-1.), dict(power=math.inf), dict(noise=-0.1), dict(noise=math.nan)])
+def test_planted_bad_arguments(bad):
+    name, = bad
+    with pytest.raises(ValueError, match=f"{name}="):
+        planted_activations(**{**dict(n_features=5, n_neurons=3, n_samples=10), **bad})
