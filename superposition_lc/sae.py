@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/04_sae.ipynb #fc263a1d
+# %% ../nbs/core/04_sae.ipynb #f6c19309
 import json
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .entropy import ShareAccumulator, effective_features, feature_shares
 from .runs import progress_bar
 
-# %% ../nbs/core/04_sae.ipynb #08169326
+# %% ../nbs/core/04_sae.ipynb #b3c2d6f7
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -34,6 +34,8 @@ class SAEConfig:
     reduction: str = "sum"        # "sum": Eq. 5; "mean": the released code, over neurons and dictionary
     scale: str = "energy"         # "energy": divide by `energy_scale`; "none"
     lr: float = 1e-2              # Adam's peak rate; decays to 0 in every round
+    beta2: float = 0.99           # Adam's memory of squared gradients
+    warmup: int = 300             # steps over which the first round's rate rises: rows that are thrown far at once die
     batch_size: int = 128
     steps: int = 1000             # length of the first round; each further round doubles the total
     max_rounds: int = 5           # give up after steps * 2**(max_rounds - 1) steps in total
@@ -47,13 +49,13 @@ class SAEConfig:
     def released(cls, **changes):
         "The published setting (paper, Section 3.2 and its code): 4x, l1 0.1 on means, free rows, raw scale."
         return cls(**{**dict(expansion=4.0, l1=0.1, unit_norm=False, reduction="mean", scale="none", lr=1e-3,
-                             epochs=800), **changes})
+                             beta2=0.999, warmup=0, epochs=800), **changes})
 
     def n_features(self, n_neurons:int)->int:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/04_sae.ipynb #454e50f7
+# %% ../nbs/core/04_sae.ipynb #b713f04f
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -68,11 +70,13 @@ def _check_config(c):
     need(c.reduction in ("sum", "mean"), "reduction", "'sum' (Eq. 5) or 'mean' (released code)")
     need(c.scale in ("energy", "none"), "scale", "'energy' or 'none'")
     need(finite(c.lr) and c.lr > 0, "lr", "a positive number")
+    need(finite(c.beta2) and 0 < c.beta2 < 1, "beta2", "a number between 0 and 1")
+    need(c.warmup == 0 or whole(c.warmup), "warmup", "an integer >= 0")
     need(finite(c.tolerance) and c.tolerance > 0, "tolerance", "a positive fraction")
     for name in ("batch_size", "steps", "max_rounds", "patience"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/04_sae.ipynb #7ff643cc
+# %% ../nbs/core/04_sae.ipynb #f1ef3c01
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -102,13 +106,14 @@ class SparseAutoencoder(nn.Module):
         x = _check_shape(self, z, self.n_features, "z") @ (self.weight if self.tied else self.decoder)
         return (x if self.tied else x + _rows(self, self.decoder_bias)) * _rows(self, self.scale[..., None])
 
+    def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied"))
     def forward(self, x): return self.decode(z := self.encode(x)), z
     def __getitem__(self, i): return _members(self, i)
     def save(self, path): _save(self, path)
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/04_sae.ipynb #7ab83c51
+# %% ../nbs/core/04_sae.ipynb #5287ea10
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -130,7 +135,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/04_sae.ipynb #a401b8d0
+# %% ../nbs/core/04_sae.ipynb #b749903f
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -159,7 +164,7 @@ def _load(cls, path):
     sae.load_state_dict(state)
     return sae
 
-# %% ../nbs/core/04_sae.ipynb #aa3d85cf
+# %% ../nbs/core/04_sae.ipynb #7238dd99
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -168,7 +173,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/04_sae.ipynb #3ca54a3a
+# %% ../nbs/core/04_sae.ipynb #2c1dd60b
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -181,15 +186,13 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     z = _activate(torch.baddbmm(sae.bias[:, None], u, W.mT), sae.k)
     r = torch.bmm(z, V).sub_(u)
     loss = r.square().sum((1, 2)) * (weight / B) + z.sum((1, 2)) * l1.view(-1) / B
-    dz = torch.bmm(r.mul_(2 * weight / B), V.mT).add_(l1 / B).mul_(z > 0)
-    g = {"bias": dz.sum(1)}
-    if sae.tied: g["weight"] = torch.bmm(torch.cat([dz, z], 1).mT, torch.cat([u, r], 1))  # one product for both uses
-    else:
-        g |= {"weight": torch.bmm(dz.mT, u), "decoder": torch.bmm(z.mT, r)}
-        g["decoder_bias"] = r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]
+    dz = torch.ops.aten.threshold_backward(torch.bmm(r.mul_(2 * weight / B), V.mT).add_(l1 / B), z, 0)  # 0 where z is
+    g = {"bias": dz.sum(1), "weight": torch.bmm(dz.mT, u)}
+    if sae.tied: g["weight"].baddbmm_(z.mT, r)
+    else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/04_sae.ipynb #df39132d
+# %% ../nbs/core/04_sae.ipynb #515a4ebd
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -216,7 +219,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=F, l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/04_sae.ipynb #a25167b0
+# %% ../nbs/core/04_sae.ipynb #2ac6922e
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -239,7 +242,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/04_sae.ipynb #862ce0b0
+# %% ../nbs/core/04_sae.ipynb #bc49a04e
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -258,7 +261,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/04_sae.ipynb #80f0310a
+# %% ../nbs/core/04_sae.ipynb #96381a28
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -273,11 +276,12 @@ class _Trainer:
         start = torch.stack([rows[m.seed] for m in members]).to(x)
         for p in (self.sae.weight, self.sae.decoder): 
             if p is not None: p.data = start.clone()
+        self.steps = 0
         self._optimise()
 
     def _optimise(self, moments=None):
         params = list(self.sae.parameters())
-        self.adam = torch.optim.Adam(params, lr=self.config.lr, fused=self.x.device.type in ("cpu", "cuda"))
+        self.adam = torch.optim.Adam(params, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=self.x.device.type in ("cpu", "cuda"))
         for p, m in zip(params, moments or []): self.adam.state[p] = m
 
     def keep(self, i):
@@ -286,7 +290,7 @@ class _Trainer:
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
-# %% ../nbs/core/04_sae.ipynb #79ef899d
+# %% ../nbs/core/04_sae.ipynb #e1bc40c4
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
@@ -304,13 +308,15 @@ def _run(t:_Trainer, steps, tick):
         for name, p in parameters.items(): p.grad = grads[name]
         if c.unit_norm: # only the part of the step along the sphere
             directions.grad -= (directions.grad * directions).sum(-1, keepdim=True) * directions
-        t.adam.param_groups[0]["lr"] = c.lr if c.epochs else c.lr * (1 + math.cos(math.pi * step / steps)) / 2
+        t.steps += 1
+        rate = c.lr * min(1., t.steps / max(1, c.warmup))
+        t.adam.param_groups[0]["lr"] = rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2
         t.adam.step()
         if c.unit_norm: directions.div_(directions.norm(dim=-1, keepdim=True))
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/04_sae.ipynb #de9da776
+# %% ../nbs/core/04_sae.ipynb #e2231b2e
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -333,7 +339,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/04_sae.ipynb #6132dec0
+# %% ../nbs/core/04_sae.ipynb #c8b6cffd
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -350,7 +356,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/04_sae.ipynb #ffe405ce
+# %% ../nbs/core/04_sae.ipynb #defb2ed5
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -368,7 +374,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**26  # codes (members x batch x features) that are trained at once
 
-# %% ../nbs/core/04_sae.ipynb #01e13a64
+# %% ../nbs/core/04_sae.ipynb #99bd4c82
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -393,7 +399,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/04_sae.ipynb #0353f30e
+# %% ../nbs/core/04_sae.ipynb #17e5a101
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]
