@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reading', 'as_text', 'demo', 'load_model', 'main']
 
-# %% ../nbs/core/09_cli.ipynb #c79161b5
+# %% ../nbs/core/09_cli.ipynb #fd2470f0
 import argparse
 import importlib
 import json
@@ -24,7 +24,7 @@ from .measurement import measure
 from .runs import atomic_path, provenance
 from .sae import SAEConfig
 
-# %% ../nbs/core/09_cli.ipynb #c530240e
+# %% ../nbs/core/09_cli.ipynb #7b7fb83d
 def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
     "Two sentences on what a demo's table shows, made from its first layer."
     t = table[table.layer == table.layer.iloc[0]]
@@ -38,7 +38,7 @@ def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
             f"{a.accuracy_common:.2f} to {b.accuracy_common:.2f}, and the number of its effective features {change('clean')}. "
             f"Measured under attack at each network's own radius, it {change('attacked')}.")
 
-# %% ../nbs/core/09_cli.ipynb #deb720d9
+# %% ../nbs/core/09_cli.ipynb #58b69488
 _SUBSETS = dict(digits=AdversarialConfig(), mnist=AdversarialConfig("mnist", 3000, 1000, epochs=10), 
                 fashion_mnist=AdversarialConfig("fashion_mnist", 3000, 1000, epochs=10))
 _SHOWN = dict(eps="{:g}", inputs="{}", layer="{}", accuracy="{:.2f}", accuracy_eps="{:.2f}", accuracy_common="{:.2f}", effective_features="{:.1f}",
@@ -54,7 +54,8 @@ def demo(config:AdversarialConfig, # one of the demo's settings
     "Run the adversarial experiment, print table and reading, write superposition.png, superposition.csv and run.json to `out`."
     print(f"Training {len(config.eps)} networks on {config.data}, against attacks of radius {', '.join(f'{e:g}' for e in config.eps)}, "
           "and measuring the superposition of their layers ...", flush=True)
-    table, out = run(config, progress), Path(out)
+    (out := Path(out)).mkdir(parents=True, exist_ok=True)  # what cannot be written to is found before the training
+    table = run(config, progress)
     with atomic_path(out/"superposition.csv") as p: table.to_csv(p, index=False)
     with atomic_path(out/"run.json") as p: p.write_text(json.dumps(provenance(config=asdict(config)), indent=1))
     figure = plot(table)[0].figure
@@ -62,37 +63,35 @@ def demo(config:AdversarialConfig, # one of the demo's settings
     print(f"\n{as_text(table)}\n\n{reading(table)}\n\nFigure and table: {out/'superposition.png'}, {out/'superposition.csv'}\nRead on: {_docs()}")
     return table
 
-# %% ../nbs/core/09_cli.ipynb #d1d27f4f
+# %% ../nbs/core/09_cli.ipynb #6e0439c4
 def _docs():
     "Address of the documentation, from the package's metadata."
     urls = dict(u.split(", ", 1) for u in metadata("superposition_lc").get_all("Project-URL") or [])
     return urls.get("Documentation", "the project's documentation")
 
-# %% ../nbs/core/09_cli.ipynb #ad5ca77d
+# %% ../nbs/core/09_cli.ipynb #d5e3dadf
 def load_model(model:str,           # "module:factory"
                weights:str|None=None)->nn.Module: # safetensors or PyTorch state dict
     "The network that `factory()` returns, with its weights; ValueError says what does not fit. No code in `weights` is run."
     name, _, factory = model.partition(":")
-    if not factory: raise ValueError(f"--model must look like module:factory, got {model!r}")
+    if not (name and factory): raise ValueError(f"--model must look like module:factory, got {model!r}")
     if "" not in sys.path: sys.path.insert(0, "")  # a module in the working folder
     try: net = getattr(importlib.import_module(name), factory)()
-    except (ImportError, AttributeError) as e: raise ValueError(f"--model {model}: {e}") from None
+    except Exception as e: raise ValueError(f"--model {model}: {type(e).__name__}: {e}") from None
     if not isinstance(net, nn.Module): raise ValueError(f"--model {model} returned a {type(net).__name__}, not a torch.nn.Module")
     if weights is not None: _load_weights(net, weights)
     return net
 
 def _load_weights(net, path):
     if not Path(path).is_file(): raise ValueError(f"--weights {path}: no such file")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from pickle import UnpicklingError
     try: state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+    except Exception as e:  # damaged pickles fail in many ways
         raise ValueError(f"--weights {path} is not a readable file of plain weights ({type(e).__name__}): save them with safetensors.torch.save_file(model.state_dict(), ...)") from None
     try: net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as e: raise ValueError(f"--weights {path} do not fit the model: {e}") from None
 
-# %% ../nbs/core/09_cli.ipynb #011c6982
+# %% ../nbs/core/09_cli.ipynb #774330f4
 def _parser():
     p = argparse.ArgumentParser(prog="superposition-lc", description="Measure superposition in neural networks.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{demo,measure}")
@@ -120,16 +119,19 @@ def main(argv:list|None=None)->int: # exit status: 0, or 2 for bad input
         return 2
     return 0
 
-# %% ../nbs/core/09_cli.ipynb #9dcd9d3b
+# %% ../nbs/core/09_cli.ipynb #0db78df4
 def _demo(args):
     config = replace(_SUBSETS[args.data], seed=args.seed)
     demo(config, args.out, not args.quiet)
 
 def _measure(args):
+    if args.out and Path(args.out).suffix != ".json": raise ValueError(f"--out must end in .json, got {args.out!r}: the figure goes beside it, as .png")
     net = load_model(args.model, args.weights)
     data = load_dataset(args.data, progress=not args.quiet)
     seeds = range(args.seed, args.seed + args.seeds)
-    result = measure(net, data.x_test, args.layers.split(","), seeds=list(seeds), max_samples=args.samples, progress=not args.quiet)
+    layers = [name.strip() for name in args.layers.split(",")]
+    try: result = measure(net, data.x_test, layers, seeds=list(seeds), max_samples=args.samples, progress=not args.quiet)
+    except RuntimeError as e: raise ValueError(f"the network failed on {args.data} images of shape {tuple(data.x_test.shape[1:])}: {e}") from None
     print(as_text(result.table))
     if args.out:
         result.save(args.out)

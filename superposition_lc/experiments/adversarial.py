@@ -6,7 +6,7 @@
 __all__ = ['COMMON_EPS', 'mlp', 'attack', 'accuracy', 'AdversarialConfig', 'ramp', 'decay', 'train_robust', 'train_networks',
            'run', 'plot']
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #f56eb6b9
+# %% ../../nbs/experiments/15_adversarial.ipynb #2bc9be6d
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from ..plotting import COLOURS, figure, interval_plot
 from ..runs import progress_bar
 from ..sae import SAEConfig
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #b5af1abf
+# %% ../../nbs/experiments/15_adversarial.ipynb #baedd06a
 def mlp(n_inputs:int,   # pixels of an image
         widths:tuple,   # hidden widths, one ReLU layer each: relu1, relu2, ...
         n_classes:int)->nn.Sequential: # logits
@@ -32,7 +32,7 @@ def mlp(n_inputs:int,   # pixels of an image
         layers |= {f"fc{i}": nn.Linear(a, b), f"relu{i}": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers, head=nn.Linear(sizes[-1], n_classes)))
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #13e967fe
+# %% ../../nbs/experiments/15_adversarial.ipynb #7a660736
 def attack(model:nn.Module, 
            x:Tensor,        # images in [0, 1], (S, C, H, W)
            y:Tensor,        # labels, (S,) int64
@@ -46,14 +46,17 @@ def attack(model:nn.Module,
         raise ValueError(f"x must be images in [0, 1], got values from {x.min():.3g} to {x.max():.3g}: put the normalisation into the model")
     if eps == 0: return x
     from torchattacks import PGD
+    modes = [(m, m.training) for m in model.modules()]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
-        return PGD(model, eps=eps, alpha=2.5 * eps / steps, steps=steps)(x, y).detach()
+        try: return PGD(model, eps=eps, alpha=2.5 * eps / steps, steps=steps)(x, y).detach()
+        finally:
+            for m, mode in modes: m.training = mode
 
 @torch.no_grad()
 def accuracy(model, x, y): return (model(x).argmax(1) == y).double().mean().item()
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #064019af
+# %% ../../nbs/experiments/15_adversarial.ipynb #14bb9323
 @dataclass(frozen=True)
 class AdversarialConfig:
     "One adversarial experiment: data, network, attack, training, measurement. The default is the demo."
@@ -71,8 +74,10 @@ class AdversarialConfig:
     estimator: SAEConfig = field(default_factory=SAEConfig)
 
     def __post_init__(self):
-        if not self.eps or min(self.eps) < 0 or len(set(self.eps)) < len(self.eps): raise ValueError(f"eps must be different radii >= 0, got {self.eps}")
+        if not self.eps or not all(0 <= e < math.inf for e in self.eps) or len(set(self.eps)) < len(self.eps): raise ValueError(f"eps must be different radii >= 0, got {self.eps}")
         if not self.widths or min(self.widths) < 1: raise ValueError(f"widths must name at least one hidden layer, got {self.widths}")
+        for name in ("attack_steps", "batch_size", "sae_seeds"):
+            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 def ramp(epoch:int, epochs:int)->float: # fraction of the full radius
     "A third of the radius for the first fifth of the epochs, two thirds until half-way, then all of it."
@@ -82,7 +87,7 @@ def decay(epoch:int, epochs:int)->float: # fraction of the full learning rate
     "A tenth from half-way on, a hundredth from three quarters."
     return 1. if epoch < .5 * epochs else .1 if epoch < .75 * epochs else .01
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #3a683429
+# %% ../../nbs/experiments/15_adversarial.ipynb #adc9fa0b
 def train_robust(model:nn.Module, data:Dataset, eps:float, config:AdversarialConfig, tick=lambda n: None)->nn.Module:
     "Train `model` in place on half clean, half attacked loss (Section 7); `tick` is called with each batch's size."
     g = torch.Generator().manual_seed(config.seed)
@@ -100,7 +105,7 @@ def train_robust(model:nn.Module, data:Dataset, eps:float, config:AdversarialCon
             tick(len(i))
     return model
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #9ad5efd2
+# %% ../../nbs/experiments/15_adversarial.ipynb #685decfd
 COMMON_EPS = 0.1  # radius at which the robustness of all networks is compared
 
 def train_networks(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->tuple: # (data, {eps: network})
@@ -124,7 +129,7 @@ def _evaluate(model, data, eps, config):
     return scores, {(eps, kind, layer): a for kind, x in inputs.items() 
                     for layer, a in capture(model, x, layers, progress=False).items()}
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #d4288d98
+# %% ../../nbs/experiments/15_adversarial.ipynb #986fe385
 def run(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->pd.DataFrame: # tidy: one row a radius, kind of input and layer
     "Train a network for each radius and measure its layers on clean and attacked images (Section 7)."
     data, networks = train_networks(config, progress)
@@ -140,7 +145,7 @@ def run(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->pd.Da
     first = ["eps", "inputs", "layer", *scores[config.eps[0]]]
     return pd.DataFrame(rows)[first + [c for c in rows[0] if c not in first]]
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #bf535bf0
+# %% ../../nbs/experiments/15_adversarial.ipynb #67eb5c19
 def plot(table:pd.DataFrame, # of `run`
          layer:str|None=None, # which layer; None: the first
          ax=None):            # two matplotlib Axes; None: a new figure

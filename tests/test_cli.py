@@ -1,0 +1,287 @@
+"""The command line: demo and measure, what they write and print, and what they refuse."""
+import dataclasses
+import json
+import sys
+from functools import partial
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from superposition_lc import cli
+from superposition_lc.cli import as_text, load_model, main, reading
+from superposition_lc.data import load_dataset
+from superposition_lc.experiments.adversarial import AdversarialConfig
+from superposition_lc.measurement import Measurement, measure
+from superposition_lc.sae import SAEConfig
+
+QUICK = SAEConfig(expansion=4, kind="relu", steps=50, max_rounds=2, warmup=10)
+TINY = AdversarialConfig(n_train=200, n_test=100, widths=(12,), eps=(0., .1), attack_steps=2, epochs=2, sae_seeds=1, estimator=QUICK)
+NETS = """
+import torch
+from torch import nn
+a_number = 3
+def fresh():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+class Fresh(nn.Sequential):
+    def __init__(self): super().__init__(*fresh())
+def none(): return None
+def needs(argument): return fresh()
+def fails(): raise RuntimeError("no such checkpoint")
+def large(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 8))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    "A working folder with a module of factories; quick settings; nothing stays behind."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "_SUBSETS", {"digits": TINY, "mnist": TINY})
+    monkeypatch.setattr(cli, "measure", partial(measure, config=QUICK))
+    (tmp_path / "some_nets.py").write_text(NETS)
+    (tmp_path / "broken_nets.py").write_text("def f(: pass")
+    yield tmp_path
+    for name in ("some_nets", "broken_nets"): sys.modules.pop(name, None)
+    plt.close("all")
+
+
+def run(capsys, *args):
+    "Status, stdout and stderr of one command."
+    status = main([*args, "--quiet"])
+    return status, *capsys.readouterr()
+
+
+def measured(capsys, *args, model="some_nets:fresh", layers="2"):
+    return run(capsys, "measure", "--model", model, "--layers", layers, "--seeds", "1", *args)
+
+
+def refused(result, *says):
+    "Status 2, one message on stderr, nothing on stdout."
+    status, out, err = result
+    assert status == 2 and out == "" and err.startswith("superposition-lc: ") and "Traceback" not in err
+    for text in says: assert text in err
+
+
+# --- demo
+
+def test_demo(folder, capsys):
+    status, out, err = run(capsys, "demo", "--out", "a/b")
+    assert status == 0 and err == ""
+    assert sorted(p.name for p in (folder / "a" / "b").iterdir()) == ["run.json", "superposition.csv", "superposition.png"]
+    assert (folder / "a" / "b" / "superposition.png").read_bytes().startswith(b"\x89PNG\r\n")
+    table = pd.read_csv("a/b/superposition.csv", keep_default_na=False)
+    assert len(table) == 4 and as_text(table) in out and reading(table) in out
+    assert "Training 2 networks on digits, against attacks of radius 0, 0.1" in out and "superposition.png" in out and "Read on: " in out
+    about = json.loads((folder / "a" / "b" / "run.json").read_text())
+    assert about["config"]["seed"] == 0 and about["config"]["estimator"]["expansion"] == 4 and "torch" in about["versions"]
+
+
+def test_demo_is_seeded(folder, capsys):
+    outs = [run(capsys, "demo", "--out", out, "--seed", seed)[1] for out, seed in [("a", "5"), ("b", "5"), ("c", "6")]]
+    tables = [(folder / out / "superposition.csv").read_text() for out in "abc"]
+    assert tables[0] == tables[1] != tables[2]
+    assert outs[0].split("Figure")[0] == outs[1].split("Figure")[0]
+    assert json.loads((folder / "c" / "run.json").read_text())["config"]["seed"] == 6
+
+
+def test_demo_where_nothing_can_be_written(capsys, monkeypatch):
+    "It says so before the networks are trained."
+    monkeypatch.setattr(cli, "run", lambda *args: pytest.fail("trained for nothing"))
+    status, out, err = run(capsys, "demo", "--out", "some_nets.py/out")
+    assert status == 2 and err.startswith("superposition-lc: ")
+
+
+def test_demo_that_lacks_its_data(folder, capsys, monkeypatch):
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(folder))
+    monkeypatch.setitem(cli._SUBSETS, "mnist", dataclasses.replace(TINY, data="mnist"))
+    status, out, err = run(capsys, "demo", "--data", "mnist", "--out", "x")
+    assert status == 2 and "is missing. Fix:" in err and not list(folder.glob("x/*"))
+
+
+# --- the reading
+
+def rows(clean, attacked):
+    "A table of two radii: ends of the intervals at both, for clean and attacked images."
+    return pd.DataFrame([dict(eps=e, inputs=kind, layer=layer, accuracy_common=.25 + e, effective_features=(lo + hi) / 2 + shift, low=lo + shift, high=hi + shift)
+                         for layer, shift in [("relu1", 0), ("relu2", 500)]
+                         for kind, spans in [("clean", clean), ("attacked", attacked)] for e, (lo, hi) in zip((.3, 0.), spans[::-1])])
+
+
+@pytest.mark.parametrize("spans, says", [
+    ([(10, 20), (21, 30)], "rises from 15.0 to 25.5"), ([(21, 30), (10, 20)], "falls from 25.5 to 15.0"),
+    ([(10, 20), (19, 30)], "does not clearly change from 15.0 to 24.5"), ([(10, 20), (20, 30)], "does not clearly change from 15.0 to 25.0"),
+    ([(10, 20), (10, 20)], "does not clearly change from 15.0 to 15.0")], ids=str)
+def test_reading(spans, says):
+    for clean, attacked, kind in [(spans, [(1, 2), (1, 2)], "clean"), ([(1, 2), (1, 2)], spans, "attacked")]:
+        text = reading(rows(clean, attacked))
+        assert f"{says} on {kind} images" in text and "1.5 to 1.5" in text
+        assert "radius 0.3 instead of none" in text and "from 0.25 to 0.55" in text
+
+
+def test_text_leaves_out_what_is_not_there():
+    table = pd.DataFrame([dict(layer="a", effective_features=12.345, l0=1.26, warning="", other=3)])
+    assert as_text(table).split() == ["layer", "effective_features", "l0", "warning", "a", "12.3", "1.3"]
+
+
+# --- measure
+
+def test_measure(folder, capsys):
+    status, out, err = measured(capsys, "--out", "new/m.json", layers="1,2")
+    assert (status, err) == (0, "") and "Written: new/m.json, new/m.png" in out
+    m = Measurement.load("new/m.json")
+    assert m.table.layer.tolist() == ["1", "2"] and m.table.n_samples.tolist() == [450, 450] and as_text(m.table) in out
+    assert (folder / "new" / "m.png").read_bytes().startswith(b"\x89PNG\r\n")
+    sys.path.insert(0, "")
+    expected = measure(load_model("some_nets:fresh"), load_dataset().x_test, ["1", "2"], QUICK, seeds=1, progress=False)
+    assert m.table.equals(expected.table)
+
+
+def test_measure_prints_only(folder, capsys):
+    before = set(folder.rglob("*"))
+    status, out, err = measured(capsys, "--samples", "100")
+    assert status == 0 and "Written" not in out and {p for p in folder.rglob("*") if "__pycache__" not in p.parts} <= before
+    assert measured(capsys, "--samples", "100")[1] == out != measured(capsys, "--samples", "100", "--seed", "3")[1]
+
+
+def weights(seed=9):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)).state_dict()
+
+
+@pytest.mark.parametrize("model", ["some_nets:fresh", "some_nets:Fresh"])
+def test_weights_of_both_kinds(capsys, model):
+    save_file(weights(), "w.safetensors")
+    torch.save(weights(), "w.pt")
+    torch.save(weights(), "old.bin", _use_new_zipfile_serialization=False)
+    outs = [measured(capsys, *args, model=model) for args in [("--weights", "w.safetensors"), ("--weights", "w.pt"), ("--weights", "old.bin"), ()]]
+    assert [o[0] for o in outs] == [0] * 4 and outs[0] == outs[1] == outs[2] != outs[3]
+    sys.path.insert(0, "")
+    assert all(torch.equal(v, weights()[k]) for k, v in load_model(model, "w.pt").state_dict().items())
+
+
+class Payload:
+    "Unpickled as code, it makes a file."
+    def __reduce__(self): return eval, ("open('owned', 'w').close()",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "inside", "pickle", "safetensors"])
+def test_code_in_weights_is_not_run(folder, capsys, kind):
+    import pickle
+    path = "evil.safetensors" if kind == "safetensors" else "evil.pt"
+    if kind in ("pickle", "safetensors"):
+        with open(path, "wb") as f: pickle.dump(Payload(), f, protocol=2)
+    else:
+        torch.save(weights() | {"1.bias": Payload()} if kind == "inside" else Payload(), path, _use_new_zipfile_serialization=kind != "old")
+    refused(measured(capsys, "--weights", path), path, "not a readable file of plain weights", "save_file(model.state_dict()")
+    assert not (folder / "owned").exists()
+    if kind == "zip":  # the payload works
+        torch.load(path, weights_only=False)
+        assert (folder / "owned").exists()
+
+
+def test_whole_models_are_refused(capsys):
+    torch.save(nn.Linear(64, 8), "net.pt")
+    refused(measured(capsys, "--weights", "net.pt"), "plain weights")
+
+
+def test_weights_that_do_not_fit(capsys):
+    renamed = {"net." + k: v for k, v in weights().items()}
+    resized = weights() | {"1.bias": torch.zeros(9)}
+    for state, says in [(renamed, "1.weight"), (resized, "size mismatch"), ({}, "Missing key"), (weights() | {"extra": torch.ones(1)}, "extra")]:
+        save_file(state, "w.safetensors")
+        torch.save(state, "w.pt")
+        for path in ("w.safetensors", "w.pt"):
+            refused(measured(capsys, "--weights", path), f"--weights {path} do not fit the model", says)
+    for state in (3, [1], torch.ones(3), {"1.weight": 3}):
+        torch.save(state, "w.pt")
+        refused(measured(capsys, "--weights", "w.pt"), "do not fit the model")
+
+
+def test_damaged_weights(capsys):
+    save_file(weights(), "w.safetensors")
+    torch.save(weights(), "w.pt")
+    for path in ("w.safetensors", "w.pt"):
+        whole = open_bytes(path)
+        for part in (b"", whole[:3], whole[:len(whole) // 2], whole[:-1], b"text"):
+            with open(path, "wb") as f: f.write(part)
+            refused(measured(capsys, "--weights", path), path)
+
+
+def open_bytes(path):
+    with open(path, "rb") as f: return f.read()
+
+
+def test_damaged_weights_of_the_old_kind(capsys):
+    torch.save(weights(), "old.pt", _use_new_zipfile_serialization=False)
+    whole = open_bytes("old.pt")
+    for cut in range(0, 900, 23):
+        with open("old.pt", "wb") as f: f.write(whole[:cut])
+        with pytest.raises(ValueError, match="old.pt is not a readable file"):
+            cli._load_weights(nn.Linear(64, 8), "old.pt")
+
+
+def test_missing_weights(capsys):
+    refused(measured(capsys, "--weights", "nothing.pt"), "--weights nothing.pt: no such file")
+    refused(measured(capsys, "--weights", "."), "no such file")
+
+
+@pytest.mark.parametrize("model, says", [
+    ("some_nets", "must look like module:factory, got 'some_nets'"), ("some_nets:", "must look like"), ("no_nets:fresh", "No module named 'no_nets'"),
+    ("some_nets:frehs", "frehs"), ("some_nets:none", "returned a NoneType, not a torch.nn.Module"), ("torch.nn:Identity.x", "--model"),
+    (":fresh", "--model"), (".some_nets:fresh", "--model"), ("some_nets:needs", "argument"), ("some_nets:a_number", "--model"),
+    ("some_nets:fails", "no such checkpoint"), ("broken_nets:f", "broken_nets")])
+def test_bad_model(capsys, model, says):
+    refused(measured(capsys, model=model), says)
+
+
+def test_bad_layers(capsys):
+    refused(measured(capsys, layers="2,33"), "no layer '33'")
+    sys.modules.pop("some_nets")
+    with open("some_nets.py", "a") as f: f.write("\ndef named():\n net = nn.Sequential()\n net.hidden = nn.Linear(3, 2)\n return net\n")
+    refused(measured(capsys, model="some_nets:named", layers="hiden"), "no layer 'hiden'; did you mean 'hidden'?")
+
+
+def test_layers_with_spaces(capsys):
+    assert measured(capsys, layers="1, 2")[0] == 0
+
+
+def test_network_that_does_not_take_the_images(capsys):
+    refused(measured(capsys, model="some_nets:large", layers="1"), "digits")
+
+
+@pytest.mark.parametrize("args", [("--seeds", "0"), ("--seeds", "-2"), ("--samples", "0")])
+def test_bad_numbers(capsys, args):
+    refused(measured(capsys, *args))
+
+
+@pytest.mark.parametrize("out", ["m.png", "m", "m.json"])
+def test_figure_does_not_replace_the_measurement(capsys, out):
+    "Either refused, or the measurement is there afterwards."
+    if measured(capsys, "--out", out)[0] == 0:
+        assert Measurement.load(out).table.layer.tolist() == ["2"]
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["measure"], ["measure", "--model", "a:b"], ["demo", "--data", "imagenet"], ["demo", "--seed", "x"]], ids=str)
+def test_usage_errors(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == "" and err.startswith("usage: superposition-lc")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["measure", "--help"]], ids=str)
+def test_help(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 0 and "usage: superposition-lc" in capsys.readouterr().out
+
+
+def test_entry_point():
+    from importlib.metadata import entry_points
+    found = [e for e in entry_points(group="console_scripts") if e.name == "superposition-lc"]
+    assert [e.load() for e in found] == [main]
