@@ -6,7 +6,7 @@
 __all__ = ['COMMON_EPS', 'mlp', 'attack', 'accuracy', 'AdversarialConfig', 'ramp', 'decay', 'train_robust', 'train_networks',
            'run', 'plot']
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #2bc9be6d
+# %% ../../nbs/experiments/15_adversarial.ipynb #cbf51395
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from ..plotting import COLOURS, figure, interval_plot
 from ..runs import progress_bar
 from ..sae import SAEConfig
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #baedd06a
+# %% ../../nbs/experiments/15_adversarial.ipynb #a613906d
 def mlp(n_inputs:int,   # pixels of an image
         widths:tuple,   # hidden widths, one ReLU layer each: relu1, relu2, ...
         n_classes:int)->nn.Sequential: # logits
@@ -32,7 +32,7 @@ def mlp(n_inputs:int,   # pixels of an image
         layers |= {f"fc{i}": nn.Linear(a, b), f"relu{i}": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers, head=nn.Linear(sizes[-1], n_classes)))
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #7a660736
+# %% ../../nbs/experiments/15_adversarial.ipynb #200e9337
 def attack(model:nn.Module, 
            x:Tensor,        # images in [0, 1], (S, C, H, W)
            y:Tensor,        # labels, (S,) int64
@@ -56,7 +56,7 @@ def attack(model:nn.Module,
 @torch.no_grad()
 def accuracy(model, x, y): return (model(x).argmax(1) == y).double().mean().item()
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #14bb9323
+# %% ../../nbs/experiments/15_adversarial.ipynb #2b671e65
 @dataclass(frozen=True)
 class AdversarialConfig:
     "One adversarial experiment: data, network, attack, training, measurement. The default is the demo."
@@ -87,7 +87,7 @@ def decay(epoch:int, epochs:int)->float: # fraction of the full learning rate
     "A tenth from half-way on, a hundredth from three quarters."
     return 1. if epoch < .5 * epochs else .1 if epoch < .75 * epochs else .01
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #adc9fa0b
+# %% ../../nbs/experiments/15_adversarial.ipynb #606fd790
 def train_robust(model:nn.Module, data:Dataset, eps:float, config:AdversarialConfig, tick=lambda n: None)->nn.Module:
     "Train `model` in place on half clean, half attacked loss (Section 7); `tick` is called with each batch's size."
     g = torch.Generator().manual_seed(config.seed)
@@ -105,7 +105,7 @@ def train_robust(model:nn.Module, data:Dataset, eps:float, config:AdversarialCon
             tick(len(i))
     return model
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #685decfd
+# %% ../../nbs/experiments/15_adversarial.ipynb #5cd07ff5
 COMMON_EPS = 0.1  # radius at which the robustness of all networks is compared
 
 def train_networks(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->tuple: # (data, {eps: network})
@@ -129,7 +129,7 @@ def _evaluate(model, data, eps, config):
     return scores, {(eps, kind, layer): a for kind, x in inputs.items() 
                     for layer, a in capture(model, x, layers, progress=False).items()}
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #986fe385
+# %% ../../nbs/experiments/15_adversarial.ipynb #8bd0079e
 def run(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->pd.DataFrame: # tidy: one row a radius, kind of input and layer
     "Train a network for each radius and measure its layers on clean and attacked images (Section 7)."
     data, networks = train_networks(config, progress)
@@ -145,7 +145,7 @@ def run(config:AdversarialConfig=AdversarialConfig(), progress:bool=True)->pd.Da
     first = ["eps", "inputs", "layer", *scores[config.eps[0]]]
     return pd.DataFrame(rows)[first + [c for c in rows[0] if c not in first]]
 
-# %% ../../nbs/experiments/15_adversarial.ipynb #67eb5c19
+# %% ../../nbs/experiments/15_adversarial.ipynb #2a2f2d43
 def plot(table:pd.DataFrame, # of `run`
          layer:str|None=None, # which layer; None: the first
          ax=None):            # two matplotlib Axes; None: a new figure

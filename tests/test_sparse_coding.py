@@ -1,0 +1,91 @@
+"""Sparse coding: optimal codes, detours of copies and sums, and what refinement keeps."""
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+
+from superposition_lc.data import planted_activations
+from superposition_lc.sparse_coding import _pack, detour, refine, sparse_codes, step_bound
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    "Random rows of norm 1."
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+@pytest.mark.parametrize("penalty", [.05, .5, 2.])
+def test_codes_meet_the_optimality_conditions(penalty):
+    "Gradient 0 where a code is active, not negative where it is not (Karush-Kuhn-Tucker)."
+    W, x = unit(2, 12, 6), unit(2, 20, 6, seed=1) * 3
+    z = sparse_codes(x, W, penalty, iterations=5000)
+    gradient = 2 * (z @ W - x) @ W.mT + penalty
+    assert (z >= 0).all() and gradient[z > 1e-6].abs().max() < 1e-4 and gradient.min() > -1e-4
+
+
+def test_codes_without_penalty_are_nonnegative_least_squares():
+    "SciPy's solver is the reference; as many rows as neurons, so that the solution is unique."
+    W, x = unit(1, 6, 6), unit(1, 10, 6, seed=1)
+    ours = sparse_codes(x, W, 0., iterations=20_000)[0].numpy()
+    theirs = np.stack([nnls(W[0].T.numpy(), row.numpy())[0] for row in x[0]])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_stack_is_its_members_and_starts_do_not_matter():
+    "Members do not see each other, and the optimum does not depend on where the search starts."
+    W, x = unit(3, 12, 6), unit(3, 8, 6, seed=1)
+    z = sparse_codes(x, W, .3, 3000)
+    for k in range(3):
+        torch.testing.assert_close(sparse_codes(x[k:k + 1], W[k:k + 1], .3, 3000)[0], z[k])
+    torch.testing.assert_close(sparse_codes(x, W, .3, 3000, start=torch.ones(3, 8, 12, dtype=x.dtype)), z, atol=1e-4, rtol=0)
+
+
+def test_rows_of_zeros_stay_silent():
+    "The padding of a pruned dictionary."
+    W = unit(1, 5, 6)
+    z = sparse_codes(unit(1, 8, 6, seed=1), torch.cat([W, 0 * W], 1), .1)
+    assert (z[..., 5:] == 0).all() and z[..., :5].sum() > 0
+
+
+def test_bound_holds():
+    "Above twice the largest eigenvalue of W W^T, for wide and tall dictionaries."
+    for d in (3, 20):
+        W = unit(2, d, 6)
+        assert (step_bound(W).flatten() > 2 * torch.linalg.matrix_norm(W, 2)**2).all()
+
+
+def test_detour_of_copies_sums_and_features():
+    "1 for a copy, about sqrt 2 for a sum of two orthogonal rows, more for a direction of its own."
+    e = torch.eye(10, dtype=torch.float64)
+    W = torch.stack([e[0], e[1], e[2], e[0], (e[0] + e[1]) / 2**.5])[None]
+    d = detour(W, torch.tensor([[5., 4., 3., 2., 1.]], dtype=torch.float64), slack=.01)[0]
+    assert d[:3].min() > 10 and abs(d[3] - 1) < .02 and abs(d[4] - 2**.5) < .03
+
+
+def test_pack_moves_kept_rows_to_the_front():
+    "In their order, zero elsewhere, cut to the longest member."
+    W = torch.arange(1., 9.).view(2, 4, 1)
+    packed, = _pack(torch.tensor([[False, True, False, True], [False, False, True, False]]), W)
+    assert packed[..., 0].tolist() == [[2., 4.], [7., 0.]]
+
+
+def test_refine_finds_planted_directions_and_nothing_else():
+    "From the true rows, spoilt by noise, with copies and sums added: the planted rows come back alone."
+    p = planted_activations(24, 16, 4000, activity=.06, seed=3)
+    x, true = p.activations / p.activations.square().mean().sqrt(), p.directions
+    spoilt = torch.cat([true, true[:8], true[:8] + true[8:16]])
+    spoilt = torch.nn.functional.normalize(spoilt + .05 * torch.randn(spoilt.shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    W = refine([x], spoilt[None], None, .6, [0], steps=600)[0]
+    kept = W[W.any(-1)]
+    assert len(kept) == 24 and (kept @ true.T).amax(0).min() > .98
+    assert W.shape == spoilt.shape and not W[24:].any()
+
+
+def test_refine_is_deterministic_and_leaves_its_input_alone():
+    "Same seed, same rows; a second member changes nothing; neither start nor samples are touched."
+    x, start = planted_activations(16, 8, 500).activations, unit(1, 24, 8, dtype=torch.float32)
+    before = start.clone(), x.clone()
+    one, again = (refine([x], start, None, .6, [5], steps=60) for _ in range(2))
+    both = refine([x, x], start.expand(2, -1, -1), None, .6, [5, 6], steps=60)
+    assert one.equal(again) and start.equal(before[0]) and x.equal(before[1])
+    torch.testing.assert_close(both[0], one[0], atol=1e-3, rtol=0)
