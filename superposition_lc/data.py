@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Dataset', 'read_idx', 'load_dataset', 'Planted', 'planted_activations']
 
-# %% ../nbs/core/02_data.ipynb #ac171a62
+# %% ../nbs/core/02_data.ipynb #12432d18
 import difflib
 import gzip
 import math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/02_data.ipynb #468ed8e7
+# %% ../nbs/core/02_data.ipynb #eb392a8b
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Images and labels to train and to test on."
@@ -34,7 +34,7 @@ class Dataset:
         size = "x".join(map(str, self.x_train.shape[1:]))
         return f"Dataset({self.name}: {self.n_classes} classes, {len(self.x_train)} train, {len(self.x_test)} test, images {size})"
 
-# %% ../nbs/core/02_data.ipynb #54db80c2
+# %% ../nbs/core/02_data.ipynb #a4823e68
 def _digits(progress):
     "scikit-learn's digits as (x_train, y_train, x_test, y_test), pixels 0 ... 16, always split the same way."
     from sklearn.datasets import load_digits
@@ -45,7 +45,7 @@ def _digits(progress):
         bunch.images, bunch.target, test_size=0.25, stratify=bunch.target, random_state=0)
     return tuple(torch.from_numpy(a) for a in (x_train, y_train, x_test, y_test))
 
-# %% ../nbs/core/02_data.ipynb #e382aaba
+# %% ../nbs/core/02_data.ipynb #809cbac7
 _IDX_DTYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 def read_idx(
@@ -71,7 +71,7 @@ def read_idx(
         raise bad(f"{len(raw) - start:,} bytes of data", f"{math.prod(shape) * dtype.itemsize:,} for shape {shape}")
     return torch.from_numpy(np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("=")))
 
-# %% ../nbs/core/02_data.ipynb #4ff35208
+# %% ../nbs/core/02_data.ipynb #9b1e8a4e
 _FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 _SHA256 = {
     "mnist": ("440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -90,7 +90,7 @@ _MIRRORS = {
                       "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                       "https://storage.googleapis.com/tensorflow/tf-keras-datasets/")}
 
-# %% ../nbs/core/02_data.ipynb #8a180181
+# %% ../nbs/core/02_data.ipynb #84f73cf9
 def _download(name, file, sha256, progress):
     "Path of the file in the user's cache, downloaded where it is missing; raises OSError when no mirror has it."
     import pooch
@@ -105,7 +105,7 @@ def _download(name, file, sha256, progress):
     raise OSError(f"could not download {file} of {name}. Fix: fetch it on a machine with a connection, put it in FOLDER/{name}/ "
                   "and set SUPERPOSITION_LC_DATA=FOLDER. Tried:\n" + "\n".join(reasons))
 
-# %% ../nbs/core/02_data.ipynb #f66d2918
+# %% ../nbs/core/02_data.ipynb #e001d04c
 def _published(name, progress):
     "The four files of a published data set as (x_train, y_train, x_test, y_test), pixels 0 ... 255; hashes checked."
     import pooch
@@ -120,7 +120,7 @@ def _published(name, progress):
         arrays.append(read_idx(path))
     return tuple(arrays)
 
-# %% ../nbs/core/02_data.ipynb #8a130999
+# %% ../nbs/core/02_data.ipynb #90ceaf58
 def _check_int(name, value, low, high=math.inf):
     "`value` as an int between `low` and `high`, or a ValueError that names the argument."
     if not low <= operator.index(value) <= high:
@@ -135,7 +135,7 @@ def _choose(y, n_classes, n, seed, argument):
     n = _check_int(argument, n, 1, len(rows))
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]]
 
-# %% ../nbs/core/02_data.ipynb #e102de77
+# %% ../nbs/core/02_data.ipynb #0ae9de16
 _SOURCES = {"digits": (_digits, 16), "mnist": (lambda progress: _published("mnist", progress), 255),
             "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255)}
 
@@ -161,7 +161,7 @@ def load_dataset(
     images = lambda x: x.float().div(white).unsqueeze(1)
     return Dataset(images(x_train[train]), y_train[train].long(), images(x_test[test]), y_test[test].long(), name, n_classes)
 
-# %% ../nbs/core/02_data.ipynb #0af848ff
+# %% ../nbs/core/02_data.ipynb #9717c419
 _MOST = 0.9  # no feature fires in more than this part of the samples
 
 def _firing_probabilities(n_features, activity, power):
@@ -173,7 +173,7 @@ def _firing_probabilities(n_features, activity, power):
             break
     return torch.from_numpy(np.minimum(scale * weight, _MOST))
 
-# %% ../nbs/core/02_data.ipynb #1cc9eac9
+# %% ../nbs/core/02_data.ipynb #930ceeb0
 @dataclass(frozen=True, eq=False)
 class Planted:
     "Activations made of known features in known directions."
@@ -191,7 +191,7 @@ class Planted:
         (n, k), n_neurons = self.features.shape, self.activations.shape[1]
         return f"Planted({n} samples, {k} features in {n_neurons} neurons, effective_features={self.effective_features:.2f})"
 
-# %% ../nbs/core/02_data.ipynb #a7ea4ee6
+# %% ../nbs/core/02_data.ipynb #0b920321
 def planted_activations(
     n_features:int, # K
     n_neurons:int, # N
@@ -210,7 +210,7 @@ def planted_activations(
     for name, value in [("power", power), ("noise", noise)]:
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value}: must be a finite number, at least 0")
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(2**31 + seed) # not the stream of an autoencoder of this seed, which would start at the answer
     directions = torch.nn.functional.normalize(torch.randn(n_features, n_neurons, generator=g), dim=1)
     probabilities = _firing_probabilities(n_features, activity, power)
     fires = torch.rand(n_samples, n_features, generator=g) < probabilities.float()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['USED', 'DETOUR', 'step_bound', 'sparse_codes', 'detour', 'refine']
 
-# %% ../nbs/core/04_sparse_coding.ipynb #77970ece
+# %% ../nbs/core/04_sparse_coding.ipynb #9f80c987
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/04_sparse_coding.ipynb #538ce320
+# %% ../nbs/core/04_sparse_coding.ipynb #46a31b05
 def step_bound(W:Tensor, # (K, D, N) dictionaries
               )->Tensor: # (K, 1, 1) bound on the curvature of |x - zW|^2
     "Lipschitz constant of the gradient, with a margin of a tenth for a dictionary that moves a little."
@@ -36,7 +36,7 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
         y, z = torch.lerp(z, new, 1 + momentum / t), new
     return z
 
-# %% ../nbs/core/04_sparse_coding.ipynb #a05ae0b5
+# %% ../nbs/core/04_sparse_coding.ipynb #ddf005c4
 def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
            usage:Tensor, # (K, D) mean code of each row
            slack:float=1/3, # λ of the writing: how much error is traded for how much penalty
@@ -51,7 +51,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
         y, a = torch.lerp(a, new, 1 + momentum / t), new
     return (W - a @ W).square().sum(-1) / slack + a.sum(-1)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #b91b2de1
+# %% ../nbs/core/04_sparse_coding.ipynb #cc28887c
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
 
 def _typical(usage): return (usage.square().sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
@@ -68,7 +68,7 @@ def _prune(W, usage, *moments):
     W, usage, *moments = _pack(usage > USED * _typical(usage), W, usage, *moments)
     return _pack((detour(W, usage) >= DETOUR) & (usage > 0), W, usage, *moments)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #6beac0e7
+# %% ../nbs/core/04_sparse_coding.ipynb #deafc5e0
 def _price(usage, l1):
     "Penalty of each row, (K, 1, D): rarely used rows pay more."
     return (l1 * (usage / _typical(usage)).clamp_min(1e-9).pow(-.2).clamp(.3, 4))[:, None]
@@ -87,7 +87,7 @@ def _row_step(W, z, x, m, v, t, rate):
     W.addcdiv_(m / (1 - .9**t), (v / (1 - .999**t)).sqrt_().add_(1e-8), value=-rate)
     W.div_(W.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
-# %% ../nbs/core/04_sparse_coding.ipynb #c50876aa
+# %% ../nbs/core/04_sparse_coding.ipynb #03a0f827
 @torch.no_grad()
 def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations, (S, N)
            W:Tensor,             # (K, D, N) dictionaries to start from, rows of norm 1

@@ -559,3 +559,11 @@ def test_planted_features_are_counted(k):
     t = train_sae(p.activations, progress=False)
     assert t.table.converged.item()
     assert t.table.effective_features.item() == pytest.approx(p.effective_features, rel=.05)
+
+
+def test_an_autoencoder_does_not_start_at_the_planted_answer():
+    "Data and autoencoder of the same seed draw from different streams."
+    for seed in range(4):
+        directions = planted_activations(64, 32, 10, seed=seed).directions
+        start = module._initial_rows(32, 256, SAEConfig(), torch.Generator().manual_seed(seed))
+        assert (start @ directions.T).amax() < .9
