@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DENSE', 'POOR', 'FULL', 'combine_seeds', 'row_warning', 'Measurement', 'measure_activations', 'measure']
 
-# %% ../nbs/core/07_measurement.ipynb #b11724fb
+# %% ../nbs/core/07_measurement.ipynb #6b19fcaa
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from .plotting import COLOURS, axes, interval_plot
 from .runs import atomic_path, provenance
 from .sae import SAEConfig, check_activations, sae_quality, train_sae
 
-# %% ../nbs/core/07_measurement.ipynb #1acbd8aa
+# %% ../nbs/core/07_measurement.ipynb #0a642c0b
 def combine_seeds(values:Sequence[float], # F of each seed, all > 0
                   errors:Sequence[float], # sampling standard error of each F
                   n_groups:int,           # jackknife groups behind the sampling errors
@@ -38,7 +38,7 @@ def combine_seeds(values:Sequence[float], # F of each seed, all > 0
     half = stdtrit(max(freedom, 1.), (1 + level) / 2) * math.sqrt(samples + seeds)
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
-# %% ../nbs/core/07_measurement.ipynb #feb4aad4
+# %% ../nbs/core/07_measurement.ipynb #9cd8bba4
 DENSE, POOR, FULL = 0.4, 0.5, 0.8  # limits of L0/N, FVU and F/D beyond which a row is flagged
 
 def row_warning(row:Mapping, # one row of a table: effective_features, n_neurons, n_features, l0, fvu, converged
@@ -52,7 +52,7 @@ def row_warning(row:Mapping, # one row of a table: effective_features, n_neurons
              "no interval, codes fire in too few clusters": math.isnan(row["low"]), "dictionary full": F > FULL * row["n_features"]}
     return "; ".join(name for name, bad in found.items() if bad)
 
-# %% ../nbs/core/07_measurement.ipynb #b737bb7e
+# %% ../nbs/core/07_measurement.ipynb #fd480665
 @dataclass(frozen=True)
 class Measurement:
     "Superposition of layers: `table` (one row a layer), `per_seed` (a row a layer and seed), `settings`."
@@ -82,7 +82,7 @@ class Measurement:
         n, flagged = self.per_seed.seed.nunique(), int((self.table.warning != "").sum())
         return f"Superposition of {len(self.table)} layer(s), {n} seed(s)" + (f", {flagged} flagged" if flagged else "")
 
-# %% ../nbs/core/07_measurement.ipynb #6375a265
+# %% ../nbs/core/07_measurement.ipynb #0c54d6ef
 def _rounded(table):
     "The table as people read it: two to four significant places, shorter names of numbers kept."
     digits = dict(effective_features=1, low=1, high=1, superposition=2, l0=1, fvu=3, dead_fraction=2)
@@ -99,7 +99,7 @@ def _plot(table, ax=None):
     ax.legend()
     return ax
 
-# %% ../nbs/core/07_measurement.ipynb #246eb438
+# %% ../nbs/core/07_measurement.ipynb #46a5ea5d
 def _named(x):
     "Activations by name: a dict as it is, anything else as one layer."
     x = dict(x) if isinstance(x, Mapping) else {"activations": x}
@@ -134,7 +134,7 @@ def _seed_rows(name, a, sae, table, level):
                    **{k: row[k] for k in ("l0", "fvu", "dead_fraction", "converged")})
         yield row | dict(warning=row_warning(row))
 
-# %% ../nbs/core/07_measurement.ipynb #2e9ba77b
+# %% ../nbs/core/07_measurement.ipynb #6cf0c8a4
 def _layer_row(rows, level):
     "One row from the rows of a layer's seeds: F with both errors in its interval, the seeds' mean quality."
     F = [r["effective_features"] for r in rows]
@@ -146,7 +146,7 @@ def _layer_row(rows, level):
     silent = f"nothing fires in {F.count(0)} of {len(F)} seeds" if 0 < F.count(0) < len(F) else ""
     return row | dict(warning="; ".join(filter(None, [silent, row_warning(row)])))
 
-# %% ../nbs/core/07_measurement.ipynb #ad9a2fb0
+# %% ../nbs/core/07_measurement.ipynb #f889ccda
 def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations, or {layer name: activations}
                         config:SAEConfig=SAEConfig(), # the estimator
                         seeds:int|Sequence[int]=3,    # autoencoders a layer
@@ -166,7 +166,7 @@ def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations
     return Measurement(pd.DataFrame([_layer_row(rows[n], level) for n in layers]),
                        pd.DataFrame([r for n in layers for r in rows[n]]), settings)
 
-# %% ../nbs/core/07_measurement.ipynb #06804e67
+# %% ../nbs/core/07_measurement.ipynb #87a70227
 def measure(model:nn.Module,              # any network
             batches:Iterable|Tensor,      # a DataLoader, a list of batches, or one tensor of inputs
             layers:str|Sequence[str],     # names from `model.named_modules()`

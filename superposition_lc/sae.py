@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #c07901de
+# %% ../nbs/core/05_sae.ipynb #13dbb8da
 import json
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .entropy import ShareAccumulator, effective_features, feature_shares
 from .runs import progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #5b040542
+# %% ../nbs/core/05_sae.ipynb #470ab16d
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -57,7 +57,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #2a5557ce
+# %% ../nbs/core/05_sae.ipynb #89601541
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -82,7 +82,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #7f5bb3f0
+# %% ../nbs/core/05_sae.ipynb #0e6c5691
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -123,7 +123,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #f024adcf
+# %% ../nbs/core/05_sae.ipynb #5fabfabb
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -155,7 +155,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #24cf1186
+# %% ../nbs/core/05_sae.ipynb #38a47edd
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -186,7 +186,7 @@ def _load(cls, path):
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #296e7ae0
+# %% ../nbs/core/05_sae.ipynb #a273f670
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -195,7 +195,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #9d6a7e10
+# %% ../nbs/core/05_sae.ipynb #ba411b75
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -214,7 +214,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #7a6573c8
+# %% ../nbs/core/05_sae.ipynb #d8109297
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -243,7 +243,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #e5c756a9
+# %% ../nbs/core/05_sae.ipynb #12a848c3
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -266,7 +266,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #bf5f892d
+# %% ../nbs/core/05_sae.ipynb #1a4829f1
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -285,7 +285,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #14144f42
+# %% ../nbs/core/05_sae.ipynb #6b679fa7
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -314,7 +314,7 @@ class _Trainer:
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
-# %% ../nbs/core/05_sae.ipynb #fdef509d
+# %% ../nbs/core/05_sae.ipynb #ca2b3fa6
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
@@ -340,7 +340,7 @@ def _run(t:_Trainer, steps, tick):
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #3eb7ff8f
+# %% ../nbs/core/05_sae.ipynb #548a85a4
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -363,7 +363,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #afc5d154
+# %% ../nbs/core/05_sae.ipynb #6bf24ead
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -381,7 +381,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #cd4e0f8e
+# %% ../nbs/core/05_sae.ipynb #18e61e7a
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -398,7 +398,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #e0c5fcf6
+# %% ../nbs/core/05_sae.ipynb #de61d3d4
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -416,7 +416,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #714721ab
+# %% ../nbs/core/05_sae.ipynb #b4bcfc55
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -444,7 +444,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #5cd1f7e1
+# %% ../nbs/core/05_sae.ipynb #d55c826c
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

@@ -164,7 +164,7 @@ def test_dense_codes_are_flagged():
 
 @pytest.mark.parametrize("kind", ["relu", "sparse_coding"])
 def test_nothing_fires(kind):
-    m = measured(config=replace(QUICK, kind=kind, l1=1e5, warmup=0, steps=300, refine_steps=20))
+    m = measured(config=replace(QUICK, kind=kind, l1=1e5, warmup=0, lr=.1, steps=300, refine_steps=20))
     for t in (m.table, m.per_seed):
         assert (t[["effective_features", "low", "high", "superposition"]] == 0).all(axis=None) and (t.warning == "nothing fires").all()
     m.plot()
