@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reading', 'as_text', 'demo', 'load_model', 'main']
 
-# %% ../nbs/core/09_cli.ipynb #fd2470f0
+# %% ../nbs/core/09_cli.ipynb #9aeb9641
 import argparse
 import importlib
 import json
@@ -24,7 +24,7 @@ from .measurement import measure
 from .runs import atomic_path, provenance
 from .sae import SAEConfig
 
-# %% ../nbs/core/09_cli.ipynb #7b7fb83d
+# %% ../nbs/core/09_cli.ipynb #b82778a4
 def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
     "Two sentences on what a demo's table shows, made from its first layer."
     t = table[table.layer == table.layer.iloc[0]]
@@ -38,7 +38,7 @@ def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
             f"{a.accuracy_common:.2f} to {b.accuracy_common:.2f}, and the number of its effective features {change('clean')}. "
             f"Measured under attack at each network's own radius, it {change('attacked')}.")
 
-# %% ../nbs/core/09_cli.ipynb #58b69488
+# %% ../nbs/core/09_cli.ipynb #d0f5e42c
 _SUBSETS = dict(digits=AdversarialConfig(), mnist=AdversarialConfig("mnist", 3000, 1000, epochs=10), 
                 fashion_mnist=AdversarialConfig("fashion_mnist", 3000, 1000, epochs=10))
 _SHOWN = dict(eps="{:g}", inputs="{}", layer="{}", accuracy="{:.2f}", accuracy_eps="{:.2f}", accuracy_common="{:.2f}", effective_features="{:.1f}",
@@ -63,13 +63,13 @@ def demo(config:AdversarialConfig, # one of the demo's settings
     print(f"\n{as_text(table)}\n\n{reading(table)}\n\nFigure and table: {out/'superposition.png'}, {out/'superposition.csv'}\nRead on: {_docs()}")
     return table
 
-# %% ../nbs/core/09_cli.ipynb #6e0439c4
+# %% ../nbs/core/09_cli.ipynb #b837e4ec
 def _docs():
     "Address of the documentation, from the package's metadata."
     urls = dict(u.split(", ", 1) for u in metadata("superposition_lc").get_all("Project-URL") or [])
     return urls.get("Documentation", "the project's documentation")
 
-# %% ../nbs/core/09_cli.ipynb #d5e3dadf
+# %% ../nbs/core/09_cli.ipynb #47dd52fd
 def load_model(model:str,           # "module:factory"
                weights:str|None=None)->nn.Module: # safetensors or PyTorch state dict
     "The network that `factory()` returns, with its weights; ValueError says what does not fit. No code in `weights` is run."
@@ -91,7 +91,7 @@ def _load_weights(net, path):
     try: net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as e: raise ValueError(f"--weights {path} do not fit the model: {e}") from None
 
-# %% ../nbs/core/09_cli.ipynb #774330f4
+# %% ../nbs/core/09_cli.ipynb #a4f3a59f
 def _parser():
     p = argparse.ArgumentParser(prog="superposition-lc", description="Measure superposition in neural networks.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{demo,measure}")
@@ -119,7 +119,7 @@ def main(argv:list|None=None)->int: # exit status: 0, or 2 for bad input
         return 2
     return 0
 
-# %% ../nbs/core/09_cli.ipynb #0db78df4
+# %% ../nbs/core/09_cli.ipynb #0e360c69
 def _demo(args):
     config = replace(_SUBSETS[args.data], seed=args.seed)
     demo(config, args.out, not args.quiet)
