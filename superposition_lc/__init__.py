@@ -6,9 +6,11 @@ from superposition_lc.activations import Activations, capture
 from superposition_lc.data import load_dataset, planted_activations
 from superposition_lc.entropy import ShareAccumulator, effective_features, feature_shares, hill_number
 from superposition_lc.measurement import Measurement, measure, measure_activations
+from superposition_lc.pretrained import export_sae, load_sae
 from superposition_lc.sae import SAEConfig, SparseAutoencoder, train_sae
 
 __all__ = [
     "Activations", "Measurement", "SAEConfig", "ShareAccumulator", "SparseAutoencoder", "capture", "effective_features",
-    "feature_shares", "hill_number", "load_dataset", "measure", "measure_activations", "planted_activations", "train_sae",
+    "export_sae", "feature_shares", "hill_number", "load_dataset", "load_sae", "measure", "measure_activations", "planted_activations",
+    "train_sae",
 ]
