@@ -48,7 +48,7 @@ def _units(sae, x):
     length = x.norm(dim=-1, keepdim=True) / math.sqrt(sae.n_neurons)
     return 0., length.where(length > 0, 1), length
 
-# %% ../nbs/core/06_pretrained.ipynb #cd78e7b2
+# %% ../nbs/core/06_pretrained.ipynb #4901e4ae
 class PretrainedSAE(nn.Module):
     "An autoencoder that was trained elsewhere: z = choose(W u + b) times norms, x' = V^T (z / norms) + c, u being x in its training's units."
     stack, tied, lasso = None, False, False  # as a `SparseAutoencoder` says it
@@ -69,14 +69,13 @@ class PretrainedSAE(nn.Module):
                  fold_norms:bool=True,   # multiply codes by `norms`
                  info:Mapping|None=None):# where it comes from
         super().__init__()
-        self.n_features, self.n_neurons = weight.shape
+        tensors = dict(weight=weight, bias=bias, decoder=decoder, decoder_bias=decoder_bias, threshold=threshold, gate_bias=gate_bias, r_mag=r_mag)
+        self.n_features, self.n_neurons = _check_model(tensors, kind, k, normalise, scale, rescaled)
         self.kind, self.k, self.centred, self.normalise, self.rescaled, self.info = kind, k, centred, normalise, rescaled, dict(info or {})
         self.fold_norms = fold_norms or rescaled
-        if kind == "jumprelu": threshold = threshold.expand(self.n_features).clone()
-        tensors = dict(weight=weight, bias=bias, decoder=decoder, decoder_bias=decoder_bias, threshold=threshold, gate_bias=gate_bias,
-                       r_mag=r_mag, norms=decoder.norm(dim=-1), scale=torch.tensor(float(scale), dtype=weight.dtype))
+        if kind == "jumprelu": tensors["threshold"] = threshold.expand(self.n_features).clone()
+        tensors |= dict(norms=decoder.norm(dim=-1), scale=torch.tensor(float(scale), dtype=weight.dtype))
         for name, t in tensors.items(): self.register_buffer(name, t)
-        _check_model(self)
 
     def encode(self, x):
         "(..., S, N) activations -> (..., S, D) codes >= 0; ValueError: wrong shape."
@@ -94,7 +93,7 @@ class PretrainedSAE(nn.Module):
     def directions(self): return (self.decoder / _divisor(self)[:, None] if self.fold_norms else self.decoder) * self.scale  # (D, N)
     def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "kind", "k", "normalise", "fold_norms"))
 
-# %% ../nbs/core/06_pretrained.ipynb #7cd5615d
+# %% ../nbs/core/06_pretrained.ipynb #758c4bfc
 def _divisor(sae): return sae.norms.where(sae.norms > 0, 1)  # a row of zeros decodes to nothing, whatever its code
 
 def _check_width(t, width, name):
@@ -103,15 +102,22 @@ def _check_width(t, width, name):
         raise ValueError(f"{name} must be a floating-point tensor of shape (..., {width}), got {found}")
     return t
 
-def _check_model(sae):
-    d, need = sae.n_features, {"jumprelu": ["threshold"], "gated": ["gate_bias", "r_mag"]}
-    if sae.kind not in ("relu", "jumprelu", "topk", "gated"): raise ValueError(f"kind must be 'relu', 'jumprelu', 'topk' or 'gated', got {sae.kind!r}")
-    if sae.normalise not in _NORMALISE: raise ValueError(f"normalise must be one of {_NORMALISE}, got {sae.normalise!r}")
-    if sae.kind == "topk" and not (isinstance(sae.k, int) and 1 <= sae.k <= d): raise ValueError(f"k must be an integer in 1..{d} (the dictionary size), got {sae.k!r}")
-    if not (math.isfinite(sae.scale) and sae.scale > 0): raise ValueError(f"scale must be a positive number, got {sae.scale.item()}")
-    for name in ("bias", *need.get(sae.kind, [])):
-        if getattr(sae, name) is None: raise ValueError(f"{name} is missing: kind={sae.kind!r} needs it")
-    if sae.rescaled and sae.kind != "topk": raise ValueError("rescaled=True goes with kind='topk' only")
+def _check_model(tensors, kind, k, normalise, scale, rescaled):
+    "(D, N), or what does not fit."
+    if kind not in ("relu", "jumprelu", "topk", "gated"): raise ValueError(f"kind must be 'relu', 'jumprelu', 'topk' or 'gated', got {kind!r}")
+    if normalise not in _NORMALISE: raise ValueError(f"normalise must be one of {_NORMALISE}, got {normalise!r}")
+    if not (math.isfinite(scale) and scale > 0): raise ValueError(f"scale must be a positive number, got {scale}")
+    if rescaled and kind != "topk": raise ValueError("rescaled=True goes with kind='topk' only")
+    if tensors["weight"].ndim != 2: raise ValueError(f"weight must have shape (features, neurons), got {tuple(tensors['weight'].shape)}")
+    d, n = tensors["weight"].shape
+    if kind == "topk" and not (isinstance(k, int) and 1 <= k <= d): raise ValueError(f"k must be an integer in 1..{d} (the dictionary size), got {k!r}")
+    needed = ["weight", "bias", "decoder", "decoder_bias"] + {"jumprelu": ["threshold"], "gated": ["gate_bias", "r_mag"]}.get(kind, [])
+    for name, t in tensors.items():
+        if (t is not None) != (name in needed): raise ValueError(f"{name} {'is missing' if t is None else 'is given, but not used'}: kind={kind!r} needs {', '.join(needed)}")
+        want = dict(weight=(d, n), decoder=(d, n), decoder_bias=(n,)).get(name, (d,))
+        if t is not None and tuple(t.shape) != want and not (name == "threshold" and t.ndim == 0):
+            raise ValueError(f"{name} must have shape {want}, got {tuple(t.shape)}")
+    return d, n
 
 def _encode(sae, x):
     shift, divisor, _ = _units(sae, x)
