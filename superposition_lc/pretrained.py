@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PretrainedSAE', 'load_sae', 'export_sae']
 
-# %% ../nbs/core/06_pretrained.ipynb #b8331d45
+# %% ../nbs/core/06_pretrained.ipynb #588e4253
 import difflib
 import io
 import json
@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, load_file, save_file
 from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ def _units(sae, x):
     length = x.norm(dim=-1, keepdim=True) / math.sqrt(sae.n_neurons)
     return 0., length.where(length > 0, 1), length
 
-# %% ../nbs/core/06_pretrained.ipynb #4901e4ae
+# %% ../nbs/core/06_pretrained.ipynb #c3ec75b2
 class PretrainedSAE(nn.Module):
     "An autoencoder that was trained elsewhere: z = choose(W u + b) times norms, x' = V^T (z / norms) + c, u being x in its training's units."
     stack, tied, lasso = None, False, False  # as a `SparseAutoencoder` says it
@@ -79,28 +78,40 @@ class PretrainedSAE(nn.Module):
 
     def encode(self, x):
         "(..., S, N) activations -> (..., S, D) codes >= 0; ValueError: wrong shape."
-        x = _check_width(x, self.n_neurons, "x").to(self.weight.dtype)
-        return _encode(self, x)
-
+        return _encode(self, _fit(self, x, self.n_neurons, "x"))
     def decode(self, z, x=None):
         "(..., S, D) codes -> (..., S, N) activations; inputs normalised per sample also need the activations `x` (else ValueError)."
-        z = _check_width(z, self.n_features, "z").to(self.weight.dtype)
-        return _decode(self, z, x if x is None else _check_width(x, self.n_neurons, "x").to(self.weight.dtype))
+        return _decode(self, _fit(self, z, self.n_features, "z"), x if x is None else _fit(self, x, self.n_neurons, "x"))
 
     def forward(self, x): return self.decode(z := self.encode(x), x), z
-
     @property
-    def directions(self): return (self.decoder / _divisor(self)[:, None] if self.fold_norms else self.decoder) * self.scale  # (D, N)
+    def directions(self): return _directions(self)  # (D, N), what a code of 1 adds
     def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "kind", "k", "normalise", "fold_norms"))
 
-# %% ../nbs/core/06_pretrained.ipynb #758c4bfc
+# %% ../nbs/core/06_pretrained.ipynb #7a91fd22
+def _encode(sae, x):
+    shift, divisor, _ = _units(sae, x)
+    u = (x - shift) / divisor
+    z = _choose(sae, (u - sae.decoder_bias if sae.centred else u) @ sae.weight.mT)
+    return z * sae.norms if sae.fold_norms and not sae.rescaled else z
+
+def _decode(sae, z, x):
+    if x is None and sae.normalise != "none":
+        raise ValueError(f"this autoencoder normalises each sample ({sae.normalise}): decode(z, x) needs the activations x that z encodes")
+    shift, _, multiplier = _units(sae, x)
+    return ((z / _divisor(sae) if sae.fold_norms else z) @ sae.decoder + sae.decoder_bias) * multiplier + shift
+
+# %% ../nbs/core/06_pretrained.ipynb #f4fe9261
 def _divisor(sae): return sae.norms.where(sae.norms > 0, 1)  # a row of zeros decodes to nothing, whatever its code
 
-def _check_width(t, width, name):
+def _directions(sae): return (sae.decoder / _divisor(sae)[:, None] if sae.fold_norms else sae.decoder) * sae.scale
+
+def _fit(sae, t, width, name):
+    "The tensor in the type of the weights, if its last axis is as wide as it must be."
     if not isinstance(t, Tensor) or t.ndim < 1 or t.shape[-1] != width or not t.is_floating_point():
         found = f"{tuple(t.shape)} of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"{name} must be a floating-point tensor of shape (..., {width}), got {found}")
-    return t
+    return t.to(sae.weight.dtype)
 
 def _check_model(tensors, kind, k, normalise, scale, rescaled):
     "(D, N), or what does not fit."
@@ -113,23 +124,12 @@ def _check_model(tensors, kind, k, normalise, scale, rescaled):
     if kind == "topk" and not (isinstance(k, int) and 1 <= k <= d): raise ValueError(f"k must be an integer in 1..{d} (the dictionary size), got {k!r}")
     needed = ["weight", "bias", "decoder", "decoder_bias"] + {"jumprelu": ["threshold"], "gated": ["gate_bias", "r_mag"]}.get(kind, [])
     for name, t in tensors.items():
-        if (t is not None) != (name in needed): raise ValueError(f"{name} {'is missing' if t is None else 'is given, but not used'}: kind={kind!r} needs {', '.join(needed)}")
+        if (t is not None) != (name in needed):
+            raise ValueError(f"{name} {'is missing' if t is None else 'is given, but not used'}: kind={kind!r} needs {', '.join(needed)}")
         want = dict(weight=(d, n), decoder=(d, n), decoder_bias=(n,)).get(name, (d,))
         if t is not None and tuple(t.shape) != want and not (name == "threshold" and t.ndim == 0):
             raise ValueError(f"{name} must have shape {want}, got {tuple(t.shape)}")
     return d, n
-
-def _encode(sae, x):
-    shift, divisor, _ = _units(sae, x)
-    u = (x - shift) / divisor
-    z = _choose(sae, (u - sae.decoder_bias if sae.centred else u) @ sae.weight.mT)
-    return z * sae.norms if sae.fold_norms and not sae.rescaled else z
-
-def _decode(sae, z, x):
-    if x is None and sae.normalise != "none":
-        raise ValueError(f"this autoencoder normalises each sample ({sae.normalise}): decode(z, x) needs the activations x that z encodes")
-    shift, _, multiplier = _units(sae, x)
-    return ((z / _divisor(sae) if sae.fold_norms else z) @ sae.decoder + sae.decoder_bias) * multiplier + shift
 
 # %% ../nbs/core/06_pretrained.ipynb #b0ae0e17
 _LINEAR = dict(weight="encoder.weight", bias="encoder.bias", decoder="decoder.weight")
@@ -151,7 +151,7 @@ _ARCHITECTURES = {  # SAELens's; `centred` stands in the file
     "gated": ("gated", None, _MATRIX | dict(bias="b_mag", gate_bias="b_gate", r_mag="r_mag"), ()),
 }
 
-# %% ../nbs/core/06_pretrained.ipynb #47595d4a
+# %% ../nbs/core/06_pretrained.ipynb #abfb5136
 def _tensors(state, layout, sizes, dtype, what):
     "{our name: tensor} of a state dict; `sizes` are (N, D) as far as the config tells."
     _, _, keys, beside = layout
@@ -168,7 +168,8 @@ def _tensors(state, layout, sizes, dtype, what):
         want = want[::-1] if key in _SIDEWAYS else want
         if tuple(t.shape) != want and not (name == "threshold" and t.ndim == 0):
             raise ValueError(f"{what}: {key} has shape {tuple(t.shape)}, expected {want} for {n} neurons and {d} features")
-        if not t.is_floating_point() or t.layout != torch.strided: raise ValueError(f"{what}: {key} holds {t.dtype}, {t.layout}; expected dense floating-point numbers")
+        if not t.is_floating_point() or t.layout != torch.strided:
+            raise ValueError(f"{what}: {key} holds {t.dtype}, {t.layout}; expected dense floating-point numbers")
         if not t.isfinite().all(): raise ValueError(f"{what}: {key} holds NaN or infinite values")
         out[name] = (t.T if key in _SIDEWAYS else t).detach().to(dtype, copy=True).contiguous()
     return out
@@ -210,7 +211,7 @@ def _from_dictionary_learning(state, config, architecture, dtype, what):
     return dict(tensors, kind=layout[0], centred=layout[1], k=(stored or told) if layout[0] == "topk" else None,
                 info=dict(library="dictionary_learning", architecture=name, **model, config=config))
 
-# %% ../nbs/core/06_pretrained.ipynb #3f1b79c2
+# %% ../nbs/core/06_pretrained.ipynb #49f9ecde
 def _normalisation(cfg, factor, what):
     "(normalise, scale) from cfg.json and the factor that a user may know."
     found = cfg.get("normalize_activations") or "none"
@@ -219,7 +220,8 @@ def _normalisation(cfg, factor, what):
         if factor is None:
             raise ValueError(f"{what}: trained on activations times a constant that the file does not hold (normalize_activations={found!r}). "
                              "Fix: pass norm_scaling_factor, SAELens's number for this release (sqrt(N) / mean norm); 1 if it is folded in already")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf: raise ValueError(f"norm_scaling_factor must be a positive number, got {factor!r}")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(f"norm_scaling_factor must be a positive number, got {factor!r}")
         return "none", 1 / factor
     if factor is not None: raise ValueError(f"{what}: norm_scaling_factor is given, but this file says normalize_activations={found!r}")
     if found not in _NORMALISE: raise ValueError(f"{what}: normalize_activations is {found!r}, expected one of {', '.join(_NORMALISE)}, expected_average_only_in")
@@ -247,7 +249,7 @@ def _from_saelens(state, cfg, architecture, dtype, what, factor=None):
     info["reshape"] = cfg.get("reshape_activations") or ("hook_z" if "hook_z" in str(info["site"]) else "none")
     return dict(tensors, kind=layout[0], centred=centred, k=k, normalise=normalise, scale=scale, rescaled=rescaled and name == "topk", info=info)
 
-# %% ../nbs/core/06_pretrained.ipynb #3a2d0cb0
+# %% ../nbs/core/06_pretrained.ipynb #b96f7003
 def _weights(file, name):
     "The tensors of a path or of bytes in memory, without running anything; ValueError for what is not plain tensors."
     safe, local = name.endswith(".safetensors"), isinstance(file, Path)
@@ -256,8 +258,9 @@ def _weights(file, name):
         else: state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError: raise
     except Exception as e:  # whatever a foreign file provokes in the reader
-        reason = str(e).strip().split("\n")[0][:200]
-        raise ValueError(f"{name}: found no plain tensors, expected a {'safetensors file' if safe else 'state dict'}; nothing in it was run ({type(e).__name__}: {reason})") from None
+        reason = f"{type(e).__name__}: {str(e).strip()}".split("\n")[0][:200]
+        raise ValueError(f"{name}: found no plain tensors, expected a {'safetensors file' if safe else 'state dict'}; "
+                         f"nothing in it was run ({reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{name}: found {type(state).__name__}, expected a dictionary of tensors by name")
     return dict(state)
@@ -388,14 +391,15 @@ def _shifted(t, sign):
     if "r_mag" not in t: return t | dict(bias=t["bias"] + move)
     return t | dict(bias=t["bias"] + t["r_mag"].exp() * move, gate_bias=t["gate_bias"] + move)
 
-# %% ../nbs/core/06_pretrained.ipynb #050798f7
+# %% ../nbs/core/06_pretrained.ipynb #3d4e3dc1
 def _class_of(sae):
     "The class of dictionary_learning that computes the same."
     if sae.normalise != "none":
         raise ValueError(f"sae normalises each sample ({sae.normalise}), which dictionary_learning's files cannot say. Fix: format='saelens'")
     own = sae.info.get("architecture") if sae.info.get("library") == "dictionary_learning" else None
     if own in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and sae.info.get("k"): return "BatchTopKSAE"
-    return {"relu": "AutoEncoder" if sae.centred else "AutoEncoderNew", "topk": "AutoEncoderTopK", "gated": "GatedAutoEncoder", "jumprelu": "JumpReluAutoEncoder"}[sae.kind]
+    return dict(relu="AutoEncoder" if sae.centred else "AutoEncoderNew", topk="AutoEncoderTopK", gated="GatedAutoEncoder",
+                jumprelu="JumpReluAutoEncoder")[sae.kind]
 
 def _named(t, keys, dtype):
     "Tensors under a format's keys."

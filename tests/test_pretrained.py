@@ -1,5 +1,4 @@
 """Other people's autoencoders: every format against its formula, folded norms, files that lie or attack, and the way back."""
-import io
 import json
 import math
 import pickle
@@ -308,8 +307,10 @@ def test_activations_of_the_wrong_shape_are_refused(bad):
 @pytest.mark.parametrize("change, message", [
     (dict(kind="lasso"), "kind must be"), (dict(kind="topk"), "k must be an integer"), (dict(kind="topk", k=D + 1), "k must be an integer"),
     (dict(kind="gated"), "gate_bias is missing"), (dict(scale=0.), "scale must be"), (dict(normalise="batch_norm"), "normalise must be"),
-    (dict(rescaled=True), "rescaled=True goes with"), (dict(kind="jumprelu"), "threshold is missing"), (dict(threshold=torch.ones(D)), "threshold is given, but not used"),
-    (dict(decoder=torch.ones(N, D)), r"decoder must have shape \(9, 5\), got \(5, 9\)"), (dict(weight=torch.ones(D)), r"weight must have shape \(features, neurons\)")])
+    (dict(rescaled=True), "rescaled=True goes with"), (dict(kind="jumprelu"), "threshold is missing"),
+    (dict(threshold=torch.ones(D)), "threshold is given, but not used"),
+    (dict(decoder=torch.ones(N, D)), r"decoder must have shape \(9, 5\), got \(5, 9\)"),
+    (dict(weight=torch.ones(D)), r"weight must have shape \(features, neurons\)")])
 def test_arguments_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PretrainedSAE(**every_kind()["relu"] | change)
@@ -538,7 +539,8 @@ def test_a_scaling_factor_is_refused_where_nothing_asks_for_it(tmp_path):
         load_sae(write_dictionary(tmp_path / "c", "AutoEncoder", dictionary("AutoEncoder")), norm_scaling_factor=1.)
 
 
-@pytest.mark.parametrize("text, message", [("{", "config.json is not JSON"), ("[1]", "config.json: found a list"), ('{"trainer": 3}', "trainer that is no dictionary")])
+@pytest.mark.parametrize("text, message", [("{", "config.json is not JSON"), ("[1]", "config.json: found a list"),
+                                           ('{"trainer": 3}', "trainer that is no dictionary")])
 def test_a_config_that_is_no_config_is_refused(text, message, tmp_path):
     folder = write_dictionary(tmp_path, "AutoEncoder", dictionary("AutoEncoder"))
     (folder / "config.json").write_text(text)
@@ -709,7 +711,8 @@ def test_an_autoencoder_trained_on_data_counts_the_same_features_after_the_way_t
 
 
 def test_what_no_file_can_hold_is_refused_before_anything_is_written(tmp_path):
-    for sae, message in [(SparseAutoencoder(N, D, lasso=True), "lasso codes.*Fix: train with SAEConfig"), (SparseAutoencoder(N, D, stack=2), r"stack of 2.*sae\[0\]"),
+    for sae, message in [(SparseAutoencoder(N, D, lasso=True), "lasso codes.*Fix: train with SAEConfig"),
+                         (SparseAutoencoder(N, D, stack=2), r"stack of 2.*sae\[0\]"),
                          (torch.nn.Linear(2, 2), "must be a SparseAutoencoder or a PretrainedSAE, got Linear")]:
         with pytest.raises(ValueError, match=message):
             export_sae(sae, tmp_path / "x")
@@ -728,18 +731,21 @@ def test_one_folder_holds_one_format(tmp_path):
 
 # --- the libraries themselves, where they are installed
 
+ABSENT = "NOT COMPARED with the library itself, only with its formulas: {0} is not installed (pip install {0})"
+
+
 @pytest.fixture(scope="module")
 def learning():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield pytest.importorskip("dictionary_learning", reason="NOT COMPARED with dictionary_learning itself: it is not installed (pip install dictionary-learning)")
+        yield pytest.importorskip("dictionary_learning", reason=ABSENT.format("dictionary-learning"))
 
 
 @pytest.fixture(scope="module")
 def saelens():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield pytest.importorskip("sae_lens", reason="NOT COMPARED with SAELens itself: it is not installed (pip install sae-lens)")
+        yield pytest.importorskip("sae_lens", reason=ABSENT.format("sae-lens"))
 
 
 def library_class(learning, name):
