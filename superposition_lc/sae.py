@@ -88,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #910dbff9
+# %% ../nbs/core/05_sae.ipynb #478f8379
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -100,9 +100,7 @@ class SparseAutoencoder(nn.Module):
                  lasso:bool=False,    # codes by `sparse_codes` with `penalty` instead of an encoder; tied
                  kind=None):          # one of `KINDS`, made: codes of that kind; None: ReLU or TopK
         super().__init__()
-        _check_sizes(n_neurons, n_features, stack, k if kind is None else getattr(kind, "k", None))
-        if lasso and (k is not None or not tied): raise ValueError("lasso codes go with tied=True and k=None: they have no encoder")
-        if kind and (k is not None or lasso): raise ValueError("a kind goes with k=None and lasso=False: it has codes of its own")
+        _check_make(n_neurons, n_features, stack, k, tied, lasso, kind)
         self.n_neurons, self.n_features, self.stack, self.k, self.tied, self.lasso = n_neurons, n_features, stack, k, tied, lasso
         self.kind = kind
         zeros = lambda *shape: torch.zeros(shape if stack is None else (stack, *shape))
@@ -117,29 +115,30 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x):
         "(..., S, N) activations, for a stack shared or (K, S, N), -> (..., S, D) codes >= 0; ValueError: wrong shape."
         x = _check_shape(self, x, self.n_neurons, "x") / _rows(self, self.scale[..., None])
-        if self.lasso: return _lasso_codes(self, x)
-        if not self.tied: x = x - _rows(self, self.decoder_bias)
-        if self.kind: return self.kind.codes(self, x)
-        return _activate(x @ self.weight.mT + _rows(self, self.bias), self.k)
+        return _codes(self, x)
 
     def decode(self, z):
         "(..., S, D) codes -> (..., S, N) activations, in the network's units; ValueError: wrong shape."
         x = _check_shape(self, z, self.n_features, "z") @ (self.weight if self.tied else self.decoder)
         return (x if self.tied else x + _rows(self, self.decoder_bias)) * _rows(self, self.scale[..., None])
 
-    def extra_repr(self):
-        return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso", "kind") if n != "kind" or self.kind)
+    def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso", "kind")[:6 + bool(self.kind)])
     def forward(self, x): return self.decode(z := self.encode(x)), z
     def __getitem__(self, i): return _members(self, i)
     def save(self, path): _save(self, path)
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #a6b1d6df
+# %% ../nbs/core/05_sae.ipynb #b95cd82b
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
     if k is not None and not 1 <= k <= n_features: raise ValueError(f"k must lie in 1..{n_features} (the dictionary size), got {k}")
+
+def _check_make(n_neurons, n_features, stack, k, tied, lasso, kind):
+    _check_sizes(n_neurons, n_features, stack, getattr(kind, "k", k))
+    if lasso and (k is not None or not tied): raise ValueError("lasso codes go with tied=True and k=None: they have no encoder")
+    if kind and (k is not None or lasso): raise ValueError("a kind goes with k=None and lasso=False: it has codes of its own")
 
 def _check_shape(sae, t, width, name):
     ok = t.ndim >= 1 if sae.stack is None else t.ndim == 2 or (t.ndim == 3 and t.shape[0] == sae.stack)
@@ -159,6 +158,14 @@ def _lasso_codes(sae, x):
     z = sparse_codes((x if sae.stack else x.reshape(1, -1, sae.n_neurons)).expand(len(W), -1, -1), W[:, :used], penalty)
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
+
+# %% ../nbs/core/05_sae.ipynb #936f5802
+def _codes(sae, x):
+    "Codes of scaled activations."
+    if sae.lasso: return _lasso_codes(sae, x)
+    if not sae.tied: x = x - _rows(sae, sae.decoder_bias)
+    if sae.kind: return sae.kind.codes(sae, x)
+    return _activate(x @ sae.weight.mT + _rows(sae, sae.bias), sae.k)
 
 def _activate(pre, k):
     "ReLU; TopK also zeroes all but the k largest codes of a sample."
