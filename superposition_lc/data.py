@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Dataset', 'read_idx', 'load_dataset', 'Planted', 'planted_activations']
 
-# %% ../nbs/core/02_data.ipynb #12432d18
+# %% ../nbs/core/02_data.ipynb #072f3c21
 import difflib
 import gzip
 import math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/02_data.ipynb #eb392a8b
+# %% ../nbs/core/02_data.ipynb #2cd092fb
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Images and labels to train and to test on."
@@ -34,7 +34,7 @@ class Dataset:
         size = "x".join(map(str, self.x_train.shape[1:]))
         return f"Dataset({self.name}: {self.n_classes} classes, {len(self.x_train)} train, {len(self.x_test)} test, images {size})"
 
-# %% ../nbs/core/02_data.ipynb #a4823e68
+# %% ../nbs/core/02_data.ipynb #baca691c
 def _digits(progress):
     "scikit-learn's digits as (x_train, y_train, x_test, y_test), pixels 0 ... 16, always split the same way."
     from sklearn.datasets import load_digits
@@ -45,7 +45,7 @@ def _digits(progress):
         bunch.images, bunch.target, test_size=0.25, stratify=bunch.target, random_state=0)
     return tuple(torch.from_numpy(a) for a in (x_train, y_train, x_test, y_test))
 
-# %% ../nbs/core/02_data.ipynb #809cbac7
+# %% ../nbs/core/02_data.ipynb #830286c7
 _IDX_DTYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 def read_idx(
@@ -71,7 +71,7 @@ def read_idx(
         raise bad(f"{len(raw) - start:,} bytes of data", f"{math.prod(shape) * dtype.itemsize:,} for shape {shape}")
     return torch.from_numpy(np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("=")))
 
-# %% ../nbs/core/02_data.ipynb #9b1e8a4e
+# %% ../nbs/core/02_data.ipynb #9a29e7e4
 _FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 _SHA256 = {
     "mnist": ("440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -90,7 +90,7 @@ _MIRRORS = {
                       "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                       "https://storage.googleapis.com/tensorflow/tf-keras-datasets/")}
 
-# %% ../nbs/core/02_data.ipynb #84f73cf9
+# %% ../nbs/core/02_data.ipynb #b4afa0d7
 def _download(name, file, sha256, progress):
     "Path of the file in the user's cache, downloaded where it is missing; raises OSError when no mirror has it."
     import pooch
@@ -105,7 +105,7 @@ def _download(name, file, sha256, progress):
     raise OSError(f"could not download {file} of {name}. Fix: fetch it on a machine with a connection, put it in FOLDER/{name}/ "
                   "and set SUPERPOSITION_LC_DATA=FOLDER. Tried:\n" + "\n".join(reasons))
 
-# %% ../nbs/core/02_data.ipynb #e001d04c
+# %% ../nbs/core/02_data.ipynb #daa6f381
 def _published(name, progress):
     "The four files of a published data set as (x_train, y_train, x_test, y_test), pixels 0 ... 255; hashes checked."
     import pooch
@@ -120,7 +120,7 @@ def _published(name, progress):
         arrays.append(read_idx(path))
     return tuple(arrays)
 
-# %% ../nbs/core/02_data.ipynb #90ceaf58
+# %% ../nbs/core/02_data.ipynb #71f53527
 def _check_int(name, value, low, high=math.inf):
     "`value` as an int between `low` and `high`, or a ValueError that names the argument."
     if not low <= operator.index(value) <= high:
@@ -135,7 +135,7 @@ def _choose(y, n_classes, n, seed, argument):
     n = _check_int(argument, n, 1, len(rows))
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]]
 
-# %% ../nbs/core/02_data.ipynb #0ae9de16
+# %% ../nbs/core/02_data.ipynb #809a730e
 _SOURCES = {"digits": (_digits, 16), "mnist": (lambda progress: _published("mnist", progress), 255),
             "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255)}
 
@@ -161,7 +161,7 @@ def load_dataset(
     images = lambda x: x.float().div(white).unsqueeze(1)
     return Dataset(images(x_train[train]), y_train[train].long(), images(x_test[test]), y_test[test].long(), name, n_classes)
 
-# %% ../nbs/core/02_data.ipynb #9717c419
+# %% ../nbs/core/02_data.ipynb #b262ccb3
 _MOST = 0.9  # no feature fires in more than this part of the samples
 
 def _firing_probabilities(n_features, activity, power):
@@ -173,7 +173,7 @@ def _firing_probabilities(n_features, activity, power):
             break
     return torch.from_numpy(np.minimum(scale * weight, _MOST))
 
-# %% ../nbs/core/02_data.ipynb #930ceeb0
+# %% ../nbs/core/02_data.ipynb #86cc9a6c
 @dataclass(frozen=True, eq=False)
 class Planted:
     "Activations made of known features in known directions."
@@ -191,7 +191,57 @@ class Planted:
         (n, k), n_neurons = self.features.shape, self.activations.shape[1]
         return f"Planted({n} samples, {k} features in {n_neurons} neurons, effective_features={self.effective_features:.2f})"
 
-# %% ../nbs/core/02_data.ipynb #0b920321
+# %% ../nbs/core/02_data.ipynb #c22ec2b1
+def _directions(raw, kind, correlation, group):
+    "(K, N) rows of norm 1 made of Gaussian ones: as they are, orthogonal, or with cosine `correlation` within each group."
+    unit = torch.nn.functional.normalize
+    if kind == "random": return unit(raw, dim=1)
+    if kind == "orthogonal": return torch.linalg.qr(raw.double().T).Q.T.float().contiguous()
+    Q = torch.linalg.qr(raw.double().view(-1, group, raw.shape[1]).mT).Q.mT
+    values, vectors = torch.linalg.eigh(torch.full((group, group), correlation, dtype=torch.float64).fill_diagonal_(1.))
+    return unit((vectors * values.sqrt()) @ vectors.T @ Q, dim=-1).flatten(0, 1).float()
+
+# %% ../nbs/core/02_data.ipynb #f698d18c
+def _usage(n_features, activity, power, group, hierarchy):
+    "(K,) probabilities of firing; in a hierarchy the power law holds for the parents."
+    if not hierarchy: return _firing_probabilities(n_features, activity, power)
+    parents = activity * group / (1 + hierarchy * (group - 1))
+    if parents > _MOST: raise ValueError(f"activity={activity}: parents would fire in {parents:.2f} of the samples, more than {_MOST}; lower it")
+    family = torch.tensor([1.] + [hierarchy] * (group - 1), dtype=torch.float64)
+    return (_firing_probabilities(n_features // group, parents, power)[:, None] * family).flatten()
+
+def _hierarchical(uniform, probabilities, group, hierarchy):
+    "(S, K) parents fire by their probability, children only with them."
+    own = probabilities.float().view(-1, group).clone()
+    own[:, 1:] = hierarchy
+    fires = uniform.view(len(uniform), -1, group) < own
+    return (fires & fires[..., :1]).flatten(1)
+
+def _cooccurring(uniform, shared, coins, group):
+    "(S, K) uniform numbers; where a group's coin says so it uses its shared one."
+    return torch.where(coins[..., None], shared[..., None], uniform.view(len(uniform), -1, group)).flatten(1)
+
+# %% ../nbs/core/02_data.ipynb #e3b029c8
+def _check_planted(n_features, n_neurons, n_samples, activity, power, noise, directions, correlation, group, hierarchy, cooccurrence, outlier):
+    for name, value in [("n_features", n_features), ("n_neurons", n_neurons), ("n_samples", n_samples)]: _check_int(name, value, 1)
+    def need(ok, name, value, what):
+        if not ok: raise ValueError(f"{name}={value!r}: must be {what}")
+    need(0 < activity <= _MOST, "activity", activity, f"above 0 and at most {_MOST}")
+    for name, value in [("power", power), ("noise", noise)]: need(0 <= value < math.inf, name, value, "a finite number, at least 0")
+    need(math.isfinite(outlier), "outlier", outlier, "a finite number")
+    need(directions in ("random", "orthogonal", "correlated"), "directions", directions, "'random', 'orthogonal' or 'correlated'")
+    need(directions != "orthogonal" or n_features <= n_neurons, "n_features", n_features, f"at most n_neurons={n_neurons} for orthogonal directions")
+    if directions == "correlated": need(0 < correlation < 1, "correlation", correlation, "between 0 and 1 for correlated directions")
+    else: need(correlation == 0, "correlation", correlation, "0, or directions='correlated'")
+    need(0 <= hierarchy < 1, "hierarchy", hierarchy, "at least 0 and below 1")
+    need(0 <= cooccurrence <= 1, "cooccurrence", cooccurrence, "from 0 to 1")
+    need(not (hierarchy and cooccurrence), "cooccurrence", cooccurrence, "0 in a hierarchy, where the parent decides who fires together")
+    if directions == "correlated" or hierarchy or cooccurrence:
+        _check_int("group", group, 2)
+        need(n_features % group == 0, "group", group, f"a divisor of n_features={n_features}")
+        need(directions != "correlated" or group <= n_neurons, "group", group, f"at most n_neurons={n_neurons} for correlated directions")
+
+# %% ../nbs/core/02_data.ipynb #8a93e006
 def planted_activations(
     n_features:int, # K
     n_neurons:int, # N
@@ -200,22 +250,26 @@ def planted_activations(
     power:float=0.0, # feature i fires in proportion to i^-power; 0: all equally often
     noise:float=0.0, # standard deviation of Gaussian noise added to each neuron
     seed:int=0,
+    directions:str="random", # "random", "orthogonal" (K <= N), or "correlated": cosine `correlation` within each group
+    correlation:float=0.0, # cosine between the directions of a group
+    hierarchy:float=0.0, # probability that a child fires where its parent, the first of its group, does; it never fires elsewhere
+    cooccurrence:float=0.0, # correlation of firing within a group, each feature as often as before
+    group:int=4, # features of a group, neighbours in order; a divisor of K
+    outlier:float=0.0, # constant added to neuron 0, in typical standard deviations of a neuron; no feature, and not counted
 )->Planted:
     """Samples of a layer in superposition whose features, directions and effective number of features are known.
     Raises ValueError for an argument outside its range."""
-    for name, value in [("n_features", n_features), ("n_neurons", n_neurons), ("n_samples", n_samples)]:
-        _check_int(name, value, 1)
-    if not 0 < activity <= _MOST:
-        raise ValueError(f"activity={activity}: must be above 0 and at most {_MOST}")
-    for name, value in [("power", power), ("noise", noise)]:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value}: must be a finite number, at least 0")
+    _check_planted(n_features, n_neurons, n_samples, activity, power, noise, directions, correlation, group, hierarchy, cooccurrence, outlier)
     g = torch.Generator().manual_seed(2**31 + seed) # not the stream of an autoencoder of this seed, which would start at the answer
-    directions = torch.nn.functional.normalize(torch.randn(n_features, n_neurons, generator=g), dim=1)
-    probabilities = _firing_probabilities(n_features, activity, power)
-    fires = torch.rand(n_samples, n_features, generator=g) < probabilities.float()
-    features = fires * torch.rand(n_samples, n_features, generator=g)
-    activations = features @ directions
-    if noise:
-        activations += noise * torch.randn(n_samples, n_neurons, generator=g)
-    return Planted(activations, features, directions, probabilities / probabilities.sum())
+    rows = _directions(torch.randn(n_features, n_neurons, generator=g), directions, correlation, group)
+    probabilities = _usage(n_features, activity, power, group, hierarchy)
+    uniform, strengths = (torch.rand(n_samples, n_features, generator=g) for _ in range(2))
+    if cooccurrence:
+        shared, coins = (torch.rand(n_samples, n_features // group, generator=g) for _ in range(2))
+        uniform = _cooccurring(uniform, shared, coins < cooccurrence, group)
+    fires = _hierarchical(uniform, probabilities, group, hierarchy) if hierarchy else uniform < probabilities.float()
+    features = fires * strengths
+    activations = features @ rows
+    if noise: activations += noise * torch.randn(n_samples, n_neurons, generator=g)
+    if outlier: activations[:, 0] += outlier * activations.var(0, correction=0).mean().sqrt()
+    return Planted(activations, features, rows, probabilities / probabilities.sum())

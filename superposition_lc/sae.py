@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #13dbb8da
+# %% ../nbs/core/05_sae.ipynb #93b0133c
 import json
 import math
 from collections.abc import Sequence
@@ -19,18 +19,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .entropy import ShareAccumulator, effective_features, feature_shares
+from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #470ab16d
+# %% ../nbs/core/05_sae.ipynb #bd888ba6
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
     expansion: float = 8.0        # dictionary size D / neurons N
     l1: float = 0.6               # sparsity penalty, in units of the scaled activations (Eq. 5)
-    kind: str = "sparse_coding"   # "relu"; "topk": only the k largest codes stay; "sparse_coding": a ReLU one, refined
+    kind: str = "sparse_coding"   # "relu"; "topk": only the k largest codes stay; "sparse_coding": a ReLU one, refined; or one of `KINDS`
     refine_steps: int = 1200      # steps of sparse coding after the rounds, for "sparse_coding"
-    k: int | None = None          # codes kept by "topk"
+    k: int | None = None          # codes kept by "topk" and "batchtopk", and by "matryoshka" (None: ReLU)
+    bandwidth: float = 0.1        # of the kernel by which thresholds learn, for "jumprelu"
+    prefixes: tuple = PREFIXES    # parts of the dictionary that reconstruct on their own, for "matryoshka"
     tied: bool = True             # the decoder is the encoder's transpose, without a bias of its own
     unit_norm: bool = True        # hold dictionary rows at norm 1
     reduction: str = "sum"        # "sum": Eq. 5; "mean": the released code, over neurons and dictionary
@@ -57,7 +60,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #89601541
+# %% ../nbs/core/05_sae.ipynb #1c51bc75
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -65,9 +68,12 @@ def _check_config(c):
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
     need(finite(c.expansion) and c.expansion > 0, "expansion", "a positive number (dictionary size / neurons)")
     need(finite(c.l1) and c.l1 >= 0, "l1", "a number >= 0")
-    need(c.kind in ("sparse_coding", "relu", "topk"), "kind", "'sparse_coding', 'relu' or 'topk'")
-    need((c.k is None) if c.kind != "topk" else (c.k is not None and whole(c.k)), "k",
-         "an integer >= 1 for kind='topk'" if c.kind == "topk" else f"None for kind={c.kind!r}")
+    need(c.kind in (names := ("sparse_coding", "relu", "topk", *KINDS)), "kind", "one of " + ", ".join(map(repr, names)))
+    if c.kind in ("topk", "batchtopk") or (c.kind == "matryoshka" and c.k is not None): need(whole(c.k), "k", f"an integer >= 1 for kind={c.kind!r}")
+    elif c.kind != "matryoshka": need(c.k is None, "k", f"None for kind={c.kind!r}")
+    need(finite(c.bandwidth) and c.bandwidth > 0, "bandwidth", "a positive number")
+    need(isinstance(c.prefixes, tuple) and all(map(finite, c.prefixes)) and list(c.prefixes) == sorted({*c.prefixes}) and
+         c.prefixes[:1] > (0,) and c.prefixes[-1] == 1, "prefixes", "a rising tuple of parts of the dictionary, above 0, the last one 1")
     if c.kind == "sparse_coding":
         for name, value in dict(tied=True, unit_norm=True, reduction="sum", epochs=None).items():
             need(getattr(c, name) == value, name, f"{value!r} for kind='sparse_coding' (or choose kind='relu')")
@@ -82,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #0e6c5691
+# %% ../nbs/core/05_sae.ipynb #478f8379
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -91,11 +97,12 @@ class SparseAutoencoder(nn.Module):
                  stack:int|None=None, # K autoencoders side by side; None: a single one
                  k:int|None=None,     # keep the k largest codes of a sample (TopK); None: all (ReLU)
                  tied:bool=True,      # False: a decoder V and an input bias c of its own
-                 lasso:bool=False):   # codes by `sparse_codes` with `penalty` instead of an encoder; tied
+                 lasso:bool=False,    # codes by `sparse_codes` with `penalty` instead of an encoder; tied
+                 kind=None):          # one of `KINDS`, made: codes of that kind; None: ReLU or TopK
         super().__init__()
-        _check_sizes(n_neurons, n_features, stack, k)
-        if lasso and (k is not None or not tied): raise ValueError("lasso codes go with tied=True and k=None: they have no encoder")
+        _check_make(n_neurons, n_features, stack, k, tied, lasso, kind)
         self.n_neurons, self.n_features, self.stack, self.k, self.tied, self.lasso = n_neurons, n_features, stack, k, tied, lasso
+        self.kind = kind
         zeros = lambda *shape: torch.zeros(shape if stack is None else (stack, *shape))
         self.weight = nn.Parameter(nn.functional.normalize(torch.randn_like(zeros(n_features, n_neurons)), dim=-1))
         self.bias = nn.Parameter(zeros(n_features))
@@ -103,31 +110,35 @@ class SparseAutoencoder(nn.Module):
         self.decoder_bias = None if tied else nn.Parameter(zeros(n_neurons))
         self.register_buffer("scale", zeros() + 1)
         if lasso: self.register_buffer("penalty", zeros() + 0.15)
+        if kind: kind.add(self, zeros)
 
     def encode(self, x):
         "(..., S, N) activations, for a stack shared or (K, S, N), -> (..., S, D) codes >= 0; ValueError: wrong shape."
         x = _check_shape(self, x, self.n_neurons, "x") / _rows(self, self.scale[..., None])
-        if self.lasso: return _lasso_codes(self, x)
-        if not self.tied: x = x - _rows(self, self.decoder_bias)
-        return _activate(x @ self.weight.mT + _rows(self, self.bias), self.k)
+        return _codes(self, x)
 
     def decode(self, z):
         "(..., S, D) codes -> (..., S, N) activations, in the network's units; ValueError: wrong shape."
         x = _check_shape(self, z, self.n_features, "z") @ (self.weight if self.tied else self.decoder)
         return (x if self.tied else x + _rows(self, self.decoder_bias)) * _rows(self, self.scale[..., None])
 
-    def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso"))
+    def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso", "kind")[:6 + bool(self.kind)])
     def forward(self, x): return self.decode(z := self.encode(x)), z
     def __getitem__(self, i): return _members(self, i)
     def save(self, path): _save(self, path)
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #5fabfabb
+# %% ../nbs/core/05_sae.ipynb #b95cd82b
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
     if k is not None and not 1 <= k <= n_features: raise ValueError(f"k must lie in 1..{n_features} (the dictionary size), got {k}")
+
+def _check_make(n_neurons, n_features, stack, k, tied, lasso, kind):
+    _check_sizes(n_neurons, n_features, stack, getattr(kind, "k", k))
+    if lasso and (k is not None or not tied): raise ValueError("lasso codes go with tied=True and k=None: they have no encoder")
+    if kind and (k is not None or lasso): raise ValueError("a kind goes with k=None and lasso=False: it has codes of its own")
 
 def _check_shape(sae, t, width, name):
     ok = t.ndim >= 1 if sae.stack is None else t.ndim == 2 or (t.ndim == 3 and t.shape[0] == sae.stack)
@@ -148,6 +159,14 @@ def _lasso_codes(sae, x):
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
+# %% ../nbs/core/05_sae.ipynb #936f5802
+def _codes(sae, x):
+    "Codes of scaled activations."
+    if sae.lasso: return _lasso_codes(sae, x)
+    if not sae.tied: x = x - _rows(sae, sae.decoder_bias)
+    if sae.kind: return sae.kind.codes(sae, x)
+    return _activate(x @ sae.weight.mT + _rows(sae, sae.bias), sae.k)
+
 def _activate(pre, k):
     "ReLU; TopK also zeroes all but the k largest codes of a sample."
     z = pre.relu()
@@ -155,11 +174,11 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #38a47edd
+# %% ../nbs/core/05_sae.ipynb #0af910ca
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
-        return SparseAutoencoder(sae.n_neurons, sae.n_features, stack, sae.k, sae.tied, sae.lasso).to(sae.weight)
+        return SparseAutoencoder(sae.n_neurons, sae.n_features, stack, sae.k, sae.tied, sae.lasso, sae.kind).to(sae.weight)
 
 def _members(sae, i):
     if sae.stack is None: raise TypeError("this autoencoder is a single one, not a stack: it has no members")
@@ -170,6 +189,7 @@ def _members(sae, i):
 
 def _save(sae, path):
     meta = dict(format="superposition_lc.sae", version=1, stack=sae.stack, k=sae.k, tied=sae.tied, lasso=sae.lasso)
+    if sae.kind: meta["kind"] = kind_to_dict(sae.kind)
     save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, path, metadata={"sae": json.dumps(meta)})
 
 def _load(cls, path):
@@ -181,12 +201,13 @@ def _load(cls, path):
         raise ValueError(f"{path} was not written by SparseAutoencoder.save: it holds {sorted(state)}")
     try:
         *_, d, n = state["weight"].shape
-        with torch.random.fork_rng(devices=[]): sae = cls(n, d, meta["stack"], meta["k"], meta["tied"], meta["lasso"]).to(state["weight"])
+        make = n, d, meta["stack"], meta["k"], meta["tied"], meta["lasso"], kind_from_dict(meta.get("kind"))
+        with torch.random.fork_rng(devices=[]): sae = cls(*make).to(state["weight"])
         sae.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #a273f670
+# %% ../nbs/core/05_sae.ipynb #2fd86931
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -195,7 +216,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #ba411b75
+# %% ../nbs/core/05_sae.ipynb #8ec51d15
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -203,6 +224,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   weight:float=1.0,      # factor of the squared error: 1 (Eq. 5) or 1/N (released)
                  )->tuple:               # ({parameter name: gradient}, (K,) loss)
     "Gradients of weight*|x - x'|^2 + l1*|z|_1, averaged over the batch (Eq. 5), without autograd."
+    if sae.kind: return sae.kind.gradients(sae, x, l1, weight)
     W, B = sae.weight, x.shape[1]
     V, u = (W, x) if sae.tied else (sae.decoder, x - sae.decoder_bias[:, None])
     z = _activate(torch.baddbmm(sae.bias[:, None], u, W.mT), sae.k)
@@ -214,7 +236,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #d8109297
+# %% ../nbs/core/05_sae.ipynb #6c327895
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -243,7 +265,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #12a848c3
+# %% ../nbs/core/05_sae.ipynb #23cf24de
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -266,7 +288,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #1a4829f1
+# %% ../nbs/core/05_sae.ipynb #f3bb2ac9
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -285,7 +307,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #6b679fa7
+# %% ../nbs/core/05_sae.ipynb #94462eb5
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -296,7 +318,8 @@ class _Trainer:
         rows = {s: _initial_rows(n, d, c, g) for s, g in generators.items()}
         self.size = min(c.batch_size, x.shape[1])
         self.batches = {s: _batches(x.shape[1], self.size, g) for s, g in generators.items()}
-        with torch.random.fork_rng(devices=[]): self.sae = SparseAutoencoder(n, d, len(members), c.k, c.tied).to(x)
+        kind = make_kind(c.kind, k=c.k, bandwidth=c.bandwidth, prefixes=c.prefixes if c.kind == "matryoshka" else None)
+        with torch.random.fork_rng(devices=[]): self.sae = SparseAutoencoder(n, d, len(members), None if kind else c.k, c.tied, kind=kind).to(x)
         start = torch.stack([rows[m.seed] for m in members]).to(x)
         for p in (self.sae.weight, self.sae.decoder): 
             if p is not None: p.data = start.clone()
@@ -314,7 +337,7 @@ class _Trainer:
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
-# %% ../nbs/core/05_sae.ipynb #ca2b3fa6
+# %% ../nbs/core/05_sae.ipynb #284daa88
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
@@ -340,7 +363,7 @@ def _run(t:_Trainer, steps, tick):
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #548a85a4
+# %% ../nbs/core/05_sae.ipynb #b1da9699
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -363,7 +386,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #6bf24ead
+# %% ../nbs/core/05_sae.ipynb #330b0634
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -381,7 +404,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #18e61e7a
+# %% ../nbs/core/05_sae.ipynb #85c77217
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -398,7 +421,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #de61d3d4
+# %% ../nbs/core/05_sae.ipynb #c1528eed
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -416,7 +439,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #b4bcfc55
+# %% ../nbs/core/05_sae.ipynb #aab49425
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -444,7 +467,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #d55c826c
+# %% ../nbs/core/05_sae.ipynb #fff52a28
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

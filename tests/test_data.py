@@ -314,9 +314,98 @@ def test_planted_seed():
     assert torch.equal(a.activations, b.activations) and not torch.equal(a.directions, c.directions)
 
 
+@pytest.mark.parametrize("k, n", [(1, 1), (5, 8), (8, 8)])
+def test_orthogonal_directions(k, n):
+    p = planted_activations(k, n, 100, directions="orthogonal")
+    assert torch.allclose(p.directions @ p.directions.T, torch.eye(k), atol=1e-6)
+    assert torch.equal(p.features, planted_activations(k, n, 100).features)  # the same features, along other directions
+
+
+@pytest.mark.parametrize("group, correlation", [(2, .9), (3, .5), (6, .1), (6, .99)])
+def test_correlated_directions(group, correlation):
+    "The cosine is exact within a group, and by chance between groups."
+    p = planted_activations(60, 6, 100, directions="correlated", correlation=correlation, group=group)
+    cosines = (p.directions @ p.directions.T).view(60 // group, group, 60 // group, group)
+    within = torch.stack([cosines[i, :, i] for i in range(60 // group)])
+    assert torch.allclose(within, torch.full((group, group), correlation).fill_diagonal_(1.).expand_as(within), atol=1e-5)
+    between = torch.cat([cosines[i, :, j].flatten() for i in range(60 // group) for j in range(i)])
+    assert between.mean().abs() < .25 and between.abs().max() < 1 and between.std() > .2
+    assert p.effective_features == pytest.approx(60)
+
+
+HARD = [dict(cooccurrence=.3), dict(cooccurrence=1., group=2), dict(cooccurrence=.5, power=1.), dict(hierarchy=.5), dict(hierarchy=.1, power=1.),
+        dict(hierarchy=.9, group=8, activity=.3), dict(directions="correlated", correlation=.6, hierarchy=.5)]
+
+
+@pytest.mark.parametrize("case", HARD, ids=str)
+def test_hard_cases_keep_their_usage(case):
+    "Each feature fires as often as its share says, the mean is `activity`, and the F counted on the samples is the F stated."
+    activity = case.get("activity", .1)
+    p = planted_activations(16, 8, 60_000, **{"activity": .1, **case})
+    fires = (p.features > 0).double().mean(0)
+    expected = p.shares * 16 * activity
+    assert expected.mean().item() == pytest.approx(activity)
+    assert ((fires - expected).abs() < 5 * (expected * (1 - expected) / 60_000).sqrt()).all()
+    counted = p.features.double().mean(0) / p.features.double().mean(0).sum()
+    assert torch.special.entr(counted).sum().exp().item() == pytest.approx(p.effective_features, rel=.01)
+
+
+@pytest.mark.parametrize("c", [0., .2, .8, 1.])
+def test_cooccurrence_is_the_correlation_of_firing(c):
+    p = planted_activations(12, 8, 60_000, activity=.1, cooccurrence=c, group=3)
+    r = torch.corrcoef((p.features > 0).double().T)
+    for i in range(12):
+        for j in range(i):
+            assert r[i, j].item() == pytest.approx(c if i // 3 == j // 3 else 0, abs=.03)
+    strengths = p.features[(p.features[:, :2] > 0).all(1), :2] if c else p.features[:, :2]
+    assert torch.corrcoef(strengths.T)[0, 1].abs() < .05  # they fire together, each with a strength of its own
+
+
+@pytest.mark.parametrize("h, power", [(.2, 0.), (.7, 1.)])
+def test_children_fire_only_with_their_parent(h, power):
+    p = planted_activations(15, 8, 60_000, activity=.1, hierarchy=h, group=5, power=power)
+    fires = (p.features > 0).view(-1, 3, 5)
+    parent, children = fires[..., :1], fires[..., 1:]
+    assert not (children & ~parent).any()
+    for g in range(3):
+        rate = children[:, g][parent[:, g, 0]].double().mean(0)
+        assert (rate - h).abs().max() < 5 * math.sqrt(h * (1 - h) / parent[:, g].sum().item())
+    together = (children[:, 0, 0] & children[:, 0, 1])[parent[:, 0, 0]].double().mean().item()
+    assert together == pytest.approx(h * h, abs=.03)  # children of one parent are independent
+    assert p.shares.view(3, 5)[:, 1:].numpy() == pytest.approx(h * p.shares.view(3, 5)[:, :1].expand(3, 4).numpy())
+    assert p.shares[0] / p.shares[5] == pytest.approx(2**power)  # the power law is that of the parents
+
+
+@pytest.mark.parametrize("noise", [0., .2])
+def test_outlier_is_a_constant_of_one_neuron(noise):
+    plain, p = (planted_activations(16, 8, 5000, noise=noise, outlier=o) for o in (0, -7.5))
+    shift = p.activations - plain.activations
+    assert torch.equal(p.features, plain.features) and (shift[:, 1:] == 0).all() and shift[:, 0].std() < 1e-5
+    typical = plain.activations.var(0, correction=0).mean().sqrt()
+    assert (shift[:, 0] / typical).mean().item() == pytest.approx(-7.5, rel=1e-5)
+    assert p.effective_features == plain.effective_features
+    assert planted_activations(3, 2, 1, outlier=5.).activations.isfinite().all()  # one sample has no spread
+
+
+def test_defaults_of_planted_activations_draw_what_they_always_drew():
+    "Figures quoted elsewhere rest on these numbers."
+    p = planted_activations(64, 32, 200, noise=.1, power=1, seed=3)
+    g = torch.Generator().manual_seed(2**31 + 3)
+    directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=g), dim=1)
+    probabilities = module._firing_probabilities(64, .05, 1)
+    features = (torch.rand(200, 64, generator=g) < probabilities.float()) * torch.rand(200, 64, generator=g)
+    assert torch.equal(p.directions, directions) and torch.equal(p.features, features)
+    assert torch.equal(p.activations, features @ directions + .1 * torch.randn(200, 32, generator=g))
+
+
 @pytest.mark.parametrize("bad", [dict(n_features=0), dict(n_neurons=0), dict(n_samples=-1), dict(activity=0.), dict(activity=0.95),
-                                 dict(activity=math.nan), dict(power=-1.), dict(power=math.inf), dict(noise=-0.1), dict(noise=math.nan)])
+                                 dict(activity=math.nan), dict(power=-1.), dict(power=math.inf), dict(noise=-0.1), dict(noise=math.nan),
+                                 dict(directions="sparse"), dict(n_features=4, directions="orthogonal"), dict(correlation=.5), dict(correlation=1., directions="correlated"),
+                                 dict(correlation=0., directions="correlated"), dict(group=1, hierarchy=.5), dict(group=4, hierarchy=.5), dict(group=4, cooccurrence=.5),
+                                 dict(group=6, directions="correlated", correlation=.5), dict(hierarchy=1.), dict(hierarchy=-.1), dict(hierarchy=math.nan),
+                                 dict(cooccurrence=1.1), dict(cooccurrence=math.nan), dict(cooccurrence=.5, hierarchy=.5), dict(outlier=math.inf),
+                                 dict(activity=.6, hierarchy=.1, group=3)], ids=str)
 def test_planted_bad_arguments(bad):
-    name, = bad
+    name = next(iter(bad))
     with pytest.raises(ValueError, match=f"{name}="):
-        planted_activations(**{**dict(n_features=5, n_neurons=3, n_samples=10), **bad})
+        planted_activations(**{**dict(n_features=6, n_neurons=3, n_samples=10), **bad})

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "superposition_lc"
 # A module imports only from floors below its own.
 FLOORS = {
-    1: {"entropy", "statistics", "data", "plotting", "runs", "sparse_coding"},
+    1: {"entropy", "statistics", "data", "plotting", "runs", "sparse_coding", "kinds"},
     2: {"sae"},
     3: {"activations", "pretrained"},
     4: {"measurement"},
