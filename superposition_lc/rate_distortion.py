@@ -247,7 +247,7 @@ def _points(name, a, sae, seeds, converged, **value):
                    **{c: q[c][i] for c in ("fvu", "l0", "dead_fraction")}, converged=converged[i])
         yield row | dict(warning=point_warning(row))
 
-# %% ../nbs/core/08_rate_distortion.ipynb #1990df1c
+# %% ../nbs/core/08_rate_distortion.ipynb #c5958ce1
 def _coded(layers, names, config, values, seeds, progress):
     "One dictionary a layer and seed, coded at every penalty."
     t = train_sae(torch.stack([layers[n].values for n in names]), config, seeds, progress)
@@ -272,6 +272,7 @@ def _retrained(layers, names, config, values, seeds, progress, swept):
                 mine = t.table[(t.table.data == i) & (t.table.l1 == c.l1)]
                 yield from _points(n, layers[n], t.sae[mine.index.tolist()], mine.seed.tolist(), mine.converged.tolist(), **{swept: getattr(c, swept)})
 
+# %% ../nbs/core/08_rate_distortion.ipynb #e7c665d6
 def rate_distortion(x:Tensor|Activations|Mapping,     # (S, N) float activations, or {layer name: activations}
                     l1:Sequence[float]|None=None,     # penalties; None: 1/16 to 64 times that of `config`
                     k:Sequence[int]|None=None,        # instead of l1, for kind="topk": codes kept
