@@ -121,7 +121,7 @@ def interference(W:Tensor, # (K, N, M) or (N, M)
     "W^T W: squared norms on the diagonal, overlap of features off it (Fig. 2b)."
     return (W := _as_stack(W)).mT @ W
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #be014467
+# %% ../../nbs/experiments/10_toy_models.ipynb #104c2a63
 def plot_interference(W:Tensor,        # (N, M) weights of one model
                       sparsity:float|None=None, # for the title
                       ax=None):        # matplotlib Axes; None: a new figure
@@ -131,6 +131,7 @@ def plot_interference(W:Tensor,        # (N, M) weights of one model
     ax.imshow(interference(W).cpu().numpy(), cmap="RdBu", vmin=-1.2, vmax=1.2)
     ax.set(xticks=[], yticks=[], title=("" if sparsity is None else f"S = {sparsity:g}, ") + rf"$\psi$ = {psi_reference(W):.2f}")
     ax.grid(False)
+    ax.spines[:].set_visible(False)
     return ax
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #66db98b9
@@ -146,7 +147,7 @@ def toy_activations(W:Tensor,                 # (K, N, M) weights
     g = torch.Generator().manual_seed(seed)
     return torch.stack([_features(torch.rand(n_samples, shape[2], generator=g), s[None])[0].to(w) @ w.mT for w, s in zip(W, S)])
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #dbe52a21
+# %% ../../nbs/experiments/10_toy_models.ipynb #db253b74
 def _estimators(epochs=800, default=SAEConfig()):
     "The three estimators, D = 40 for N = 5: ours, the authors' loss, the printed one."
     paper = dict(expansion=8.0, l1=0.1, epochs=epochs)
@@ -185,9 +186,9 @@ class ToyConfig:
         if unknown := set(self.swept) - set(names): raise ValueError(f"swept must name estimators out of {names}, got {sorted(unknown)}")
 
 SCALES = dict(
-    smoke=ToyConfig(n_models=12, steps=300, n_samples=500, n_seeds=2, estimators=_estimators(5, SAEConfig(steps=50, max_rounds=2, refine_steps=30)),
+    smoke=ToyConfig(n_models=12, steps=1000, n_samples=500, n_seeds=2, estimators=_estimators(5, SAEConfig(steps=50, max_rounds=2, refine_steps=30)),
                     sweep_models=6, l1s=(.1, 10.), widths=(4, 8), expansions=(2, 8)),
-    laptop=ToyConfig(steps=2000, estimators=_estimators(100), sweep_models=25),
+    laptop=ToyConfig(steps=2000, estimators=_estimators(50), sweep_models=25),
     paper=ToyConfig())
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #24634ff6
