@@ -285,3 +285,114 @@ def test_entry_point():
     from importlib.metadata import entry_points
     found = [e for e in entry_points(group="console_scripts") if e.name == "superposition-lc"]
     assert [e.load() for e in found] == [main]
+
+
+# --- reproduce
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    seed: int = 0
+    size: tuple = (1, 2)
+
+
+class Stand:
+    "An experiment that counts how often it runs."
+    SCALES = dict(smoke=Settings(), laptop=Settings(size=(9,)), paper=Settings())
+
+    def __init__(self): self.runs = 0
+
+    def run(self, config, progress):
+        self.runs += 1
+        return pd.DataFrame(dict(seed=config.seed, number=[1 / 3, float("nan")], word=["", "a"], flag=[True, False]))
+
+    def report(self, table, config, out):
+        (out / "figure.png").write_text("x")
+        return f"seed {table.seed[0]}, {float(table.number[0])!r}, {table.word.tolist()}, {table.number.isna().tolist()}, {table.flag.tolist()}"
+
+
+@pytest.fixture
+def stand(monkeypatch):
+    monkeypatch.setitem(cli.EXPERIMENTS, "toy_models", experiment := Stand())
+    return experiment
+
+
+def reproduced(capsys, *args): return run(capsys, "reproduce", "toy_models", *args)
+
+
+def test_every_experiment_has_the_three_parts():
+    for module in cli.EXPERIMENTS.values():
+        assert list(module.SCALES) == ["smoke", "laptop", "paper"] and callable(module.run) and callable(module.report)
+        for config in module.SCALES.values():
+            assert json.loads(json.dumps(dataclasses.asdict(config))) and dataclasses.replace(config, seed=3).seed == 3
+
+
+def test_reproduce_writes_and_resumes(folder, capsys, stand):
+    status, out, err = reproduced(capsys, "--scale", "smoke", "--out", "a/b")
+    assert (status, err, stand.runs) == (0, "", 1)
+    assert "seed 0, 0.333333333333333" in out and "['', 'a'], [False, True], [True, False]" in out and "Found the finished" not in out
+    assert sorted(p.name for p in (folder / "a" / "b").iterdir()) == ["figure.png", "run.json", "table.csv"]
+    about = json.loads((folder / "a" / "b" / "run.json").read_text())
+    assert about["config"] == {"seed": 0, "size": [1, 2]} and "torch" in about["versions"]
+    (folder / "a" / "b" / "figure.png").unlink()
+    again = reproduced(capsys, "--scale", "smoke", "--out", "a/b")
+    assert stand.runs == 1 and again[1].startswith("Found the finished table")
+    assert again[1].split("\n", 1)[1] == out and (folder / "a" / "b" / "figure.png").exists()
+
+
+def test_reproduce_has_a_default_folder(folder, capsys, stand):
+    assert reproduced(capsys)[0] == 0 and (folder / "toy_models-laptop" / "table.csv").exists()
+
+
+@pytest.mark.parametrize("harm", ["seed", "scale", "cut table", "edited table", "no table", "cut json", "text json", "no json", "version"])
+def test_reproduce_runs_again_what_is_not_the_same_or_not_whole(folder, capsys, stand, harm):
+    args = ["--scale", "smoke", "--out", "x"]
+    first = reproduced(capsys, *args)[1]
+    table, about = folder / "x" / "table.csv", folder / "x" / "run.json"
+    if harm == "cut table": table.write_text(table.read_text()[:-5])
+    elif harm == "edited table": table.write_text(table.read_text().replace("a", "b"))
+    elif harm == "no table": table.unlink()
+    elif harm == "cut json": about.write_text(about.read_text()[:40])
+    elif harm == "text json": about.write_text("3")
+    elif harm == "no json": about.unlink()
+    elif harm == "version": about.write_text(json.dumps(json.loads(about.read_text()) | {"versions": {"superposition_lc": "0.0.0"}}))
+    elif harm == "seed": args += ["--seed", "4"]
+    elif harm == "scale": args[1] = "laptop"
+    status, out, err = reproduced(capsys, *args)
+    assert (status, err, stand.runs) == (0, "", 2) and "Found" not in out
+    assert out == first or harm == "seed" and "seed 4" in out
+    assert reproduced(capsys, *args)[0] == 0 and stand.runs == 2
+
+
+def test_reproduce_that_fails_leaves_nothing_finished(folder, capsys, stand, monkeypatch):
+    "The report may fail without costing the run; a failed run leaves no table."
+    monkeypatch.setattr(stand, "report", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError): reproduced(capsys, "--out", "x")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(cli.EXPERIMENTS, "toy_models", stand)
+    assert reproduced(capsys, "--out", "x")[1].startswith("Found the finished table") and stand.runs == 1
+    monkeypatch.setattr(stand, "run", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError): reproduced(capsys, "--out", "y")
+    assert not list((folder / "y").iterdir())
+
+
+def test_reproduce_where_nothing_can_be_written(capsys, stand):
+    status, out, err = reproduced(capsys, "--out", "some_nets.py/out")
+    assert status == 2 and stand.runs == 0 and err.startswith("superposition-lc: ")
+
+
+@pytest.mark.parametrize("argv", [["reproduce"], ["reproduce", "toys"], ["reproduce", "toy_models", "--scale", "huge"], ["reproduce", "toy_models", "--seed", "x"]], ids=str)
+def test_reproduce_usage_errors(capsys, argv):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2 and "usage: superposition-lc reproduce" in capsys.readouterr().err
+
+
+def test_reproduce_toy_models_for_real(folder, capsys, monkeypatch):
+    "The true experiment at a scale smaller than smoke."
+    toy = cli.EXPERIMENTS["toy_models"]
+    small = dataclasses.replace(toy.SCALES["smoke"], n_models=4, steps=20, n_samples=100, n_seeds=1, estimators=toy.SCALES["smoke"].estimators[1:2], sweep_models=0)
+    monkeypatch.setitem(toy.SCALES, "smoke", small)
+    first = reproduced(capsys, "--scale", "smoke", "--out", "t")
+    assert first[0] == 0 and "psi(Z), estimator released: r = " in first[1] and (folder / "t" / "figure-2b.png").exists()
+    again = reproduced(capsys, "--scale", "smoke", "--out", "t")
+    assert again[1].split("\n", 1)[1] == first[1]
