@@ -6,6 +6,7 @@
 __all__ = ['atomic_path', 'provenance', 'progress_bar']
 
 # %% ../nbs/core/03_runs.ipynb #367015d4
+import json
 import os
 import platform
 import tempfile
@@ -40,7 +41,7 @@ def provenance(**settings)->dict: # anything that describes the run, added as it
     "Versions, hardware and time of this run, with `settings`: plain values, ready for json."
     names = "superposition_lc", "torch", "numpy"
     return dict(
-        settings, versions={"python": platform.python_version()} | {n: version(n) for n in names},
+        json.loads(json.dumps(settings)), versions={"python": platform.python_version()} | {n: version(n) for n in names},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
