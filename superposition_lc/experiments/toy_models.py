@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'PANELS', 'CONTROLS', 'PUBLISHED', 'PUBLISHED_GOOD', 'sparsities', 'toy_gradients', 'train_toy_models',
            'psi_reference', 'psi_frobenius', 'interference', 'plot_interference', 'toy_activations', 'ToyConfig',
            'validate', 'stability', 'run', 'agreement', 'summary', 'plot_agreement', 'stability_bands',
-           'plot_stability', 'reading', 'report', 'figure_3a', 'figure_3b']
+           'plot_stability', 'reading', 'report', 'figure_3a', 'figure_3b', 'within_sparsity']
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #a94905e8
 import math
@@ -395,3 +395,16 @@ def figure_3b(bands, estimator):
     for axis, a in zip(("l1", "width", "expansion"), ax): plot_stability(bands, axis, estimator, a)
     ax[0].legend(fontsize=7, loc="lower left")
     return fig
+
+# %% ../../nbs/experiments/10_toy_models.ipynb #8d8852e4
+def within_sparsity(table:pd.DataFrame, # rows of `validate`
+                    panel:str="psi",    # a column
+                   )->pd.Series:        # a value an estimator and seed
+    "Correlation of a panel with psi_toy after a cubic in rarity is taken out of both: a control for S; NaN where nothing is left."
+    import numpy as np
+    def partial(t):
+        A = np.vander(t.rarity / t.rarity.max(), 4)
+        a, b = (v - A @ np.linalg.lstsq(A, v, rcond=None)[0] for v in (t.psi_toy.to_numpy(), t[panel].to_numpy()))
+        return float(a @ b / math.sqrt((a @ a) * (b @ b))) if min(a @ a, b @ b) > 1e-12 else math.nan
+    t = table[(table.axis == "")].dropna(subset=[panel])
+    return pd.Series({key: partial(part) for key, part in t.groupby(["estimator", "seed"], sort=False)}, name=panel)
