@@ -147,12 +147,13 @@ def toy_activations(W:Tensor,                 # (K, N, M) weights
     g = torch.Generator().manual_seed(seed)
     return torch.stack([_features(torch.rand(n_samples, shape[2], generator=g), s[None])[0].to(w) @ w.mT for w, s in zip(W, S)])
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #db253b74
+# %% ../../nbs/experiments/10_toy_models.ipynb #6051fc45
 def _estimators(epochs=800, default=SAEConfig()):
     "The three estimators, D = 40 for N = 5: ours, the authors' loss, the printed one."
     paper = dict(expansion=8.0, l1=0.1, epochs=epochs)
     return (("default", default), ("released", SAEConfig.released(**paper)), ("eq5", SAEConfig.released(**paper, reduction="sum")))
 
+# %% ../../nbs/experiments/10_toy_models.ipynb #2b280590
 @dataclass(frozen=True)
 class ToyConfig:
     "The validation on toy models: models, estimators, seeds, and the sweep of Fig. 3b. The default is the published setting."
