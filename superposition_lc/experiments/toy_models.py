@@ -351,7 +351,7 @@ def plot_stability(bands:pd.DataFrame, # of `stability_bands`
     ax.set(xlabel=names[axis], ylabel=r"r with $\psi(W_{toy})$", ylim=(-1, 1.03))
     return ax
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #8e297ff0
+# %% ../../nbs/experiments/10_toy_models.ipynb #32cb76e5
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says, in a line for each estimator, and one for the controls."
     t = summary(agreement(table)).set_index(["panel", "estimator"])
@@ -384,6 +384,7 @@ def report(table:pd.DataFrame, # of `run`
     for name in bands.estimator.unique(): save(f"figure-3b-{name}.png", figure_3b(bands, name))
     return reading(table)
 
+# %% ../../nbs/experiments/10_toy_models.ipynb #a9c950d2
 def figure_3a(table, estimator):
     "The four panels of Fig. 3a for one estimator."
     fig, ax = figure(4, width=2.5, height=2.7)
