@@ -147,12 +147,13 @@ def toy_activations(W:Tensor,                 # (K, N, M) weights
     g = torch.Generator().manual_seed(seed)
     return torch.stack([_features(torch.rand(n_samples, shape[2], generator=g), s[None])[0].to(w) @ w.mT for w, s in zip(W, S)])
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #db253b74
+# %% ../../nbs/experiments/10_toy_models.ipynb #6051fc45
 def _estimators(epochs=800, default=SAEConfig()):
     "The three estimators, D = 40 for N = 5: ours, the authors' loss, the printed one."
     paper = dict(expansion=8.0, l1=0.1, epochs=epochs)
     return (("default", default), ("released", SAEConfig.released(**paper)), ("eq5", SAEConfig.released(**paper, reduction="sum")))
 
+# %% ../../nbs/experiments/10_toy_models.ipynb #2b280590
 @dataclass(frozen=True)
 class ToyConfig:
     "The validation on toy models: models, estimators, seeds, and the sweep of Fig. 3b. The default is the published setting."
@@ -350,7 +351,7 @@ def plot_stability(bands:pd.DataFrame, # of `stability_bands`
     ax.set(xlabel=names[axis], ylabel=r"r with $\psi(W_{toy})$", ylim=(-1, 1.03))
     return ax
 
-# %% ../../nbs/experiments/10_toy_models.ipynb #8e297ff0
+# %% ../../nbs/experiments/10_toy_models.ipynb #32cb76e5
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says, in a line for each estimator, and one for the controls."
     t = summary(agreement(table)).set_index(["panel", "estimator"])
@@ -383,6 +384,7 @@ def report(table:pd.DataFrame, # of `run`
     for name in bands.estimator.unique(): save(f"figure-3b-{name}.png", figure_3b(bands, name))
     return reading(table)
 
+# %% ../../nbs/experiments/10_toy_models.ipynb #a9c950d2
 def figure_3a(table, estimator):
     "The four panels of Fig. 3a for one estimator."
     fig, ax = figure(4, width=2.5, height=2.7)
