@@ -9,6 +9,7 @@ __all__ = ['EXPERIMENTS', 'reading', 'as_text', 'demo', 'load_model', 'reproduce
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import sys
 from dataclasses import asdict, replace
@@ -20,8 +21,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .cells import FailedCells
 from .data import load_dataset
-from .experiments import toy_models
+from .experiments import sweep, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -97,6 +99,7 @@ def _load_weights(net, path):
 # %% ../nbs/core/09_cli.ipynb #35cf38d2
 EXPERIMENTS = dict(
     toy_models=toy_models,
+    adversarial=sweep,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
@@ -109,7 +112,8 @@ def reproduce(experiment:ModuleType|str, # a module with SCALES, run and report,
     (out := Path(out)).mkdir(parents=True, exist_ok=True)
     about = provenance(config=json.loads(json.dumps(asdict(config))))
     if (table := _finished(out, about)) is None:
-        table = module.run(config, progress)
+        kept = dict(store=out/"cells") if "store" in inspect.signature(module.run).parameters else {}
+        table = module.run(config, progress, **kept)
         with atomic_path(out/"table.csv") as p: table.to_csv(p, index=False, na_rep="nan")
         about["sha256"] = hashlib.sha256((out/"table.csv").read_bytes()).hexdigest()
         with atomic_path(out/"run.json") as p: p.write_text(json.dumps(about, indent=1))
@@ -149,13 +153,14 @@ def _parser():
     r.add_argument("name", choices=list(EXPERIMENTS), metavar="NAME", help=f"one of: {', '.join(EXPERIMENTS)}")
     r.add_argument("--scale", choices=["smoke", "laptop", "paper"], default="laptop", help="seconds, what the docs show, or the published settings (default: laptop)")
     r.add_argument("--out", default=None, help="folder for table and figures; a finished table there is used again (default: NAME-SCALE)")
+    r.add_argument("--jobs", type=int, default=-1, help="processes, for experiments that are made of cells (default: one a core)")
     return p
 
 def main(argv:list|None=None)->int: # exit status: 0, or 2 for bad input
     "The `superposition-lc` command."
     args = _parser().parse_args(argv)
     try: dict(demo=_demo, measure=_measure, reproduce=_reproduce)[args.command](args)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, KeyError, OSError, FailedCells) as e:
         print(f"superposition-lc: {e.args[0] if isinstance(e, KeyError) else e}", file=sys.stderr)
         return 2
     return 0
@@ -180,5 +185,6 @@ def _measure(args):
         print(f"Written: {args.out}, {Path(args.out).with_suffix('.png')}")
 
 def _reproduce(args):
+    from joblib import parallel_config
     config = replace(EXPERIMENTS[args.name].SCALES[args.scale], seed=args.seed)
-    reproduce(args.name, config, args.out or f"{args.name}-{args.scale}", not args.quiet)
+    with parallel_config(n_jobs=args.jobs): reproduce(args.name, config, args.out or f"{args.name}-{args.scale}", not args.quiet)

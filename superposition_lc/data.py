@@ -11,6 +11,7 @@ import gzip
 import math
 import operator
 import os
+import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Images and labels to train and to test on."
-    x_train: Tensor # (S, 1, H, W) float32 in [0, 1]
+    x_train: Tensor # (S, C, H, W) float32 in [0, 1]
     y_train: Tensor # (S,) int64
-    x_test: Tensor # (S, 1, H, W) float32 in [0, 1]
+    x_test: Tensor # (S, C, H, W) float32 in [0, 1]
     y_test: Tensor # (S,) int64
     name: str
     n_classes: int # labels are 0 ... n_classes-1
@@ -120,6 +121,37 @@ def _published(name, progress):
         arrays.append(read_idx(path))
     return tuple(arrays)
 
+# %% ../nbs/core/02_data.ipynb #aa849b3d
+_CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+
+def _cifar10_file(progress):
+    "Path of the archive: the user's, or downloaded to the cache."
+    import pooch
+
+    name, folder = _CIFAR10.rsplit("/", 1)[1], os.environ.get("SUPERPOSITION_LC_DATA")
+    if not folder:
+        try:
+            return pooch.retrieve(_CIFAR10, f"sha256:{_CIFAR10_SHA256}", fname=name, progressbar=progress, path=pooch.os_cache("superposition_lc")/"cifar10")
+        except (OSError, ValueError) as e:
+            raise OSError(f"could not download CIFAR-10 ({str(e).splitlines()[0]}). Fix: fetch {_CIFAR10} (162 MB) on a machine with a connection, "
+                          f"put it in FOLDER/cifar10/ and set SUPERPOSITION_LC_DATA=FOLDER") from None
+    path = Path(folder)/"cifar10"/name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Fix: download {_CIFAR10} (162 MB) and put it there, or unset SUPERPOSITION_LC_DATA to download it")
+    if (found := pooch.file_hash(str(path))) != _CIFAR10_SHA256:
+        raise ValueError(f"{path}: found sha256 {found}, expected {_CIFAR10_SHA256}: not the published file. Fix: fetch {_CIFAR10} again")
+    return path
+
+def _cifar10(progress):
+    "CIFAR-10 as (x_train, y_train, x_test, y_test), pixels 0 ... 255, channels first."
+    parts = {}
+    with tarfile.open(_cifar10_file(progress)) as archive:
+        for member in archive.getmembers():
+            if member.name.endswith(".bin"): parts[Path(member.name).stem] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
+    train, test = np.concatenate([parts[f"data_batch_{i}"] for i in range(1, 6)]), parts["test_batch"]
+    return tuple(torch.from_numpy(a.copy()) for r in (train, test) for a in (r[:, 1:].reshape(-1, 3, 32, 32), r[:, 0]))
+
 # %% ../nbs/core/02_data.ipynb #71f53527
 def _check_int(name, value, low, high=math.inf):
     "`value` as an int between `low` and `high`, or a ValueError that names the argument."
@@ -137,16 +169,16 @@ def _choose(y, n_classes, n, seed, argument):
 
 # %% ../nbs/core/02_data.ipynb #809a730e
 _SOURCES = {"digits": (_digits, 16), "mnist": (lambda progress: _published("mnist", progress), 255),
-            "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255)}
+            "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255), "cifar10": (_cifar10, 255)}
 
 def load_dataset(
-    name:str="digits", # "digits" (no download), "mnist" or "fashion_mnist"
+    name:str="digits", # "digits" (no download), "mnist", "fashion_mnist" or "cifar10"
     n_classes:int|None=None, # keep classes 0 ... n_classes-1; None: all 10
     n_train:int|None=None, # random subset of the train images; None: all
     n_test:int|None=None, # random subset of the test images; None: all
     seed:int=0, # of the subsets; the train/test split never changes
     progress:bool=True, # progress bar while downloading
-)->Dataset: # images (S, 1, H, W) float32 in [0, 1], labels (S,) int64
+)->Dataset: # images (S, 1, H, W), in colour (S, 3, H, W), float32 in [0, 1], labels (S,) int64
     """Images and labels of a data set, or of a part of it.
     Raises ValueError for an unknown name, more images than there are, or a file that is not the published one."""
     if name not in _SOURCES:
@@ -158,7 +190,7 @@ def load_dataset(
     x_train, y_train, x_test, y_test = load(progress)
     train = _choose(y_train, n_classes, n_train, seed, "n_train")
     test = _choose(y_test, n_classes, n_test, seed, "n_test")
-    images = lambda x: x.float().div(white).unsqueeze(1)
+    images = lambda x: (x if x.ndim == 4 else x.unsqueeze(1)).float().div(white)
     return Dataset(images(x_train[train]), y_train[train].long(), images(x_test[test]), y_test[test].long(), name, n_classes)
 
 # %% ../nbs/core/02_data.ipynb #b262ccb3

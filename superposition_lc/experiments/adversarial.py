@@ -40,7 +40,7 @@ def attack(model:nn.Module,
            steps:int=7,     # PGD steps of 2.5 eps / steps
            seed:int=0,      # of the random start
           )->Tensor:        # attacked images
-    "PGD from a random start (Madry et al. 2018, by torchattacks); ValueError for images outside [0, 1] or eps < 0."
+    "PGD from a random start (Madry et al. 2018, by torchattacks); ValueError for images outside [0, 1], eps < 0, a model without gradients."
     if not (math.isfinite(eps) and eps >= 0): raise ValueError(f"eps must be a finite number >= 0, got {eps}")
     if not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"x must be images in [0, 1], got values from {x.min():.3g} to {x.max():.3g}: put the normalisation into the model")
@@ -50,6 +50,9 @@ def attack(model:nn.Module,
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
         try: return PGD(model, eps=eps, alpha=2.5 * eps / steps, steps=steps)(x, y).detach()
+        except RuntimeError as e:
+            if "grad" not in str(e): raise
+            raise ValueError(f"the attack needs gradients of the model's outputs with respect to the images, this model has none ({e}): remove no_grad, detach, argmax") from None
         finally:
             for m, mode in modes: m.training = mode
 
