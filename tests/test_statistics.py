@@ -126,6 +126,16 @@ def test_average_over_layers_knows_their_covariance(table):
     assert S.network_slopes(shared, unit="observation").stderr[0] < both.stderr[0] / 3
 
 
+def test_any_column_has_slopes(table):
+    "Those of another column are those of F where F is replaced by it; a column that is not there is named."
+    other = table.assign(alive_units=table.width * (1 - table.eps))
+    s = S.network_slopes(other, value="alive_units")
+    assert np.allclose(s.normalised, -1) and np.allclose(s.stderr, 0)
+    assert np.allclose(S.slopes(other, value="alive_units").f0, S.slopes(other).width)
+    with pytest.raises(ValueError, match="no column 'alive'"): S.slopes(table, value="alive")
+    with pytest.raises(ValueError, match="alive_units of layer 'relu1' is 0 at eps = 0"): S.slopes(other.assign(alive_units=0), value="alive_units")
+
+
 # Meta-analysis
 
 EFFECTS = st.lists(st.tuples(st.floats(-5, 5), st.floats(.05, 3)), min_size=2, max_size=8)
@@ -309,7 +319,7 @@ def test_rows_in_any_order_with_any_index(table):
     (lambda t: t.assign(inputs="adversarial"), "'clean' or 'attacked', got"), (lambda t: t.assign(width=0.), "width must be above 0"),
     (lambda t: pd.concat([t, t.iloc[:2]]), "measured more than once"), (lambda t: t[t.eps > 0], "a slope needs eps = 0"), (lambda t: t[t.eps == 0], "a slope needs eps = 0"),
     (lambda t: t.assign(n_parameters=0), "n_parameters must be above 0"), (lambda t: t.assign(n_parameters=range(1, len(t) + 1)), "must not change with eps"),
-    (lambda t: t.assign(seed=t.seed.where(t.index != 2)), "empty key"), (lambda t: t.assign(effective_features=t.effective_features * (t.eps > 0)), "fires at eps = 0"),
+    (lambda t: t.assign(seed=t.seed.where(t.index != 2)), "empty key"), (lambda t: t.assign(effective_features=t.effective_features * (t.eps > 0)), "is 0 at eps = 0, nothing to normalise by"),
     (lambda t: t[(t.seed == 0) & t.eps.isin([0., .1])], "2 networks: an error of the slope needs three"),
 ])
 def test_tables_that_cannot_be_used(table, change, message):
@@ -390,6 +400,17 @@ def test_regimes_say_what_is_sure(table):
     assert [a.get_title("left") for a in S.figure_regimes(both).axes][:2] == ["mnist, cnn1", "fashion_mnist, cnn1"]
     for draw in (S.plot_regimes, S.plot_capacity, S.plot_complexity):
         with pytest.raises(ValueError, match="the rows differ in dataset"): draw(S.network_slopes(both))
+
+
+def test_effects_in_all_readings(table):
+    "A point a reading and kind of inputs at its effect; the published effect where there is one."
+    summary = S.hypotheses(pd.concat([table, table.assign(reading="released")]))
+    for name, published in (("H1", False), ("H2", True), ("H3", True)):
+        ax = S.plot_hypotheses(summary, name)
+        drawn = sorted(float(x) for c in ax.containers for x in c[0].get_xdata())
+        assert drawn == pytest.approx(sorted(summary[summary.hypothesis == name].effect))
+        assert ("published, pooled" in [t.get_text() for t in ax.get_legend().get_texts()]) == published
+    with pytest.raises(ValueError, match="has no H3, only H1, H2"): S.plot_hypotheses(summary[summary.hypothesis != "H3"], "H3")
 
 
 def test_figures_of_what_a_table_lacks(table):
