@@ -9,7 +9,7 @@ __all__ = ['CONDITION', 'KEYS', 'VALUES', 'INPUTS', 'UNITS', 'COMPLEXITY', 'PUBL
            'capacity', 'compare_datasets', 'hypotheses', 'plot_hypotheses', 'check_published', 'plot_complexity',
            'plot_capacity', 'plot_ratio', 'figure_7', 'figure_8', 'figure_9', 'plot_regimes', 'figure_regimes']
 
-# %% ../nbs/core/08_statistics.ipynb #95b7a17c
+# %% ../nbs/core/08_statistics.ipynb #9dbf80a4
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from scipy.special import chdtrc, ndtr, ndtri, stdtr, stdtrit
 
 from .plotting import COLOURS, axes, figure
 
-# %% ../nbs/core/08_statistics.ipynb #58883440
+# %% ../nbs/core/08_statistics.ipynb #7b68ec74
 CONDITION = ["dataset", "n_classes", "architecture", "width", "reading"] # what a slope belongs to
 KEYS = [*CONDITION, "eps", "seed", "layer", "inputs"]                    # what makes a row unique
 VALUES = ["effective_features", "n_parameters"]
@@ -51,7 +51,7 @@ def planted_table(slope:Callable=lambda n_classes, width: 0., # normalised slope
             rows.append((d, k, architecture, float(w), reading, e, s, layer, kind, 2 * w * (1 + steep * e + network + own), n))
     return pd.DataFrame(rows, columns=[*KEYS, *VALUES])
 
-# %% ../nbs/core/08_statistics.ipynb #a329dc48
+# %% ../nbs/core/08_statistics.ipynb #34c649ce
 def _named(rows, columns, n=3):
     "The first rows, in words."
     shown = ["(" + ", ".join(f"{c}={v}" for c, v in zip(columns, row)) + ")" for row in rows[:n]]
@@ -81,7 +81,7 @@ def _check_values(table):
     if (bad := ~(table.n_parameters > 0)).any(): raise ValueError(f"n_parameters must be above 0: {tell(bad)}")
     if (bad := table.duplicated(KEYS)).any(): raise ValueError(f"measured more than once: {tell(bad)}; keep one row each")
 
-# %% ../nbs/core/08_statistics.ipynb #74b520c7
+# %% ../nbs/core/08_statistics.ipynb #32ea9ce0
 def check_table(table:pd.DataFrame, # tidy, columns KEYS and VALUES
                 partial:bool=False, # True: keep the conditions that are complete, instead of an error
                )->pd.DataFrame:     # the table, or its complete conditions
@@ -100,7 +100,7 @@ def check_table(table:pd.DataFrame, # tidy, columns KEYS and VALUES
     if (bad := sizes > 1).any(): raise ValueError(f"n_parameters of a layer must not change with eps, seed or inputs: {_named(list(sizes.index[bad]), [*CONDITION, 'layer'])}")
     return table
 
-# %% ../nbs/core/08_statistics.ipynb #0db41d81
+# %% ../nbs/core/08_statistics.ipynb #2cd19f2a
 UNITS = ("observation", "network", "seed")
 
 def _observations(table, inputs, unit):
@@ -128,7 +128,7 @@ def _line(y, x, seeds, unit):
     if unit == "observation": cov, cov_normalised = np.diag(np.diag(cov)), np.diag(np.diag(cov_normalised)) # layers as if independent
     return b, f0, b / f0, cov, cov_normalised, df
 
-# %% ../nbs/core/08_statistics.ipynb #023490cb
+# %% ../nbs/core/08_statistics.ipynb #cebb1617
 def _fits(table, inputs, unit, partial, value):
     "For each condition: its names, parameters of its layers, and what `_line` says."
     if inputs not in ("pooled", *INPUTS): raise ValueError(f"inputs must be 'pooled', 'clean' or 'attacked', got {inputs!r}")
@@ -163,7 +163,7 @@ def slopes(table:pd.DataFrame,    # tidy, see `check_table`
             rows.append((*names, layer, n, b[i], math.sqrt(cov[i, i]), f0[i], r[i], math.sqrt(cov_r[i, i]), df))
     return _with_interval(pd.DataFrame(rows, columns=[*CONDITION, "layer", "n_parameters", "slope", "slope_stderr", "f0", "normalised", "stderr", "df"]))
 
-# %% ../nbs/core/08_statistics.ipynb #1b3b70e0
+# %% ../nbs/core/08_statistics.ipynb #85ff6f09
 def network_slopes(table:pd.DataFrame,  # tidy, see `check_table`
                    inputs:str="pooled", # "clean", "attacked", or both pooled
                    unit:str="network",  # what is independent; "observation" takes layers for independent, too
@@ -177,7 +177,7 @@ def network_slopes(table:pd.DataFrame,  # tidy, see `check_table`
         rows.append((*names, w @ r, math.sqrt(max(w @ cov @ w, 0.)), df))
     return _with_interval(pd.DataFrame(rows, columns=[*CONDITION, "normalised", "stderr", "df"]))
 
-# %% ../nbs/core/08_statistics.ipynb #97c4b520
+# %% ../nbs/core/08_statistics.ipynb #5ca8ea11
 @dataclass(frozen=True)
 class Combined:
     "Effects of several conditions in one: inverse-variance weighted, with or without variance between conditions."
@@ -201,7 +201,7 @@ class Combined:
         text = f"{self.effect:+.3f} ± {self.stderr:.3f} (z = {self.z:.2f}, {p(self.p)}; {self.method} effects, {self.k} in all"
         return text + (f"; Q = {self.Q:.2f}, df = {self.df}, {p(self.p_Q)}, I² = {self.I2:.0%}, τ² = {self.tau2:.3g})" if self.k > 1 else ")")
 
-# %% ../nbs/core/08_statistics.ipynb #4008e7d6
+# %% ../nbs/core/08_statistics.ipynb #6edd01e7
 def _as_effects(effects, errors):
     "Two (k,) arrays, checked."
     r, se = np.asarray(effects, dtype=float), np.asarray(errors, dtype=float)
@@ -235,7 +235,7 @@ def combine_effects(effects:Sequence[float], # (k,) one effect a condition
     return Combined(float(effect), float(stderr), z, float(2 * ndtr(-abs(z))), float(effect) - half, float(effect) + half,
                     p_t, k, Q, k - 1, p_Q, tau2, max(0., 1 - (k - 1) / Q) if Q > 0 else 0., method)
 
-# %% ../nbs/core/08_statistics.ipynb #a18143cf
+# %% ../nbs/core/08_statistics.ipynb #aa4d2084
 def trend(x:Sequence[float],       # (k,) where
           effects:Sequence[float], # (k,) effects there
           errors:Sequence[float],  # (k,) their standard errors, above 0
@@ -249,7 +249,7 @@ def trend(x:Sequence[float],       # (k,) where
     chi2, df = float(w @ (r - (w @ r) / w.sum() - b * centred)**2), len(x) - 2
     return dict(trend=float(b), stderr=((w * centred) @ centred)**-.5 * math.sqrt(max(1., chi2 / df) if df else 1.), chi2=chi2, df=df)
 
-# %% ../nbs/core/08_statistics.ipynb #a6f4ff7a
+# %% ../nbs/core/08_statistics.ipynb #fb3942aa
 COMPLEXITY = {2: 1, 3: 2, 5: 3, 10: 4} # number of classes -> ordinal complexity (Section 7)
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _flagged(table):
     n = int((table.warning.fillna("") != "").sum()) if "warning" in table else 0
     return [f"{n} of {len(table)} rows are flagged"] if n else []
 
-# %% ../nbs/core/08_statistics.ipynb #19d1804a
+# %% ../nbs/core/08_statistics.ipynb #9e778018
 def _holm(p):
     "Holm's correction of (k,) p-values."
     p, k = np.asarray(p), len(p)
@@ -309,7 +309,7 @@ def universal_reduction(table:pd.DataFrame,   # tidy, see `check_table`
     return Hypothesis("H1, adversarial training lowers F everywhere", verdict, reason, combined, s, dict(reading=s.reading.iloc[0], inputs=inputs, unit=unit, method=method),
                       "rejected", "; ".join(_flagged(t)))
 
-# %% ../nbs/core/08_statistics.ipynb #91a71255
+# %% ../nbs/core/08_statistics.ipynb #62e02d17
 def _trend_test(claim, sign, x, by, table, reading, inputs, unit, method, partial, alpha, published):
     "One trend for each group of conditions, combined, as a Hypothesis."
     t = _one_reading(table, reading)
@@ -332,7 +332,7 @@ def _steps(s):
     if unknown := sorted(set(s.n_classes) - COMPLEXITY.keys()): raise ValueError(f"complexity is defined for {', '.join(map(str, COMPLEXITY))} classes, got {unknown}")
     return s.n_classes.map(COMPLEXITY)
 
-# %% ../nbs/core/08_statistics.ipynb #83f07e44
+# %% ../nbs/core/08_statistics.ipynb #c2d948dc
 def complexity(table:pd.DataFrame,   # tidy, see `check_table`
                reading:str|None=None,# which reading of F; None: the only one
                inputs:str="pooled",  # "clean", "attacked", or both pooled
@@ -357,7 +357,7 @@ def capacity(table:pd.DataFrame,   # tidy, see `check_table`
     return _trend_test("H3, the slope rises with capacity", 1, lambda s: np.log(s.width), ["dataset", "n_classes", "architecture"], table, reading, inputs, unit, method,
                        partial, alpha, "supported, one layer 0.220 ± 0.037 (z = 5.90), ResNet-18 31.0 ± 2.0 per log width")
 
-# %% ../nbs/core/08_statistics.ipynb #1a894360
+# %% ../nbs/core/08_statistics.ipynb #99f5a5ba
 def compare_datasets(slopes:pd.DataFrame,         # of `network_slopes`, one reading
                      first:str="fashion_mnist",
                      second:str="mnist",
@@ -371,7 +371,7 @@ def compare_datasets(slopes:pd.DataFrame,         # of `network_slopes`, one rea
     return dict(difference=d.mean(), stderr=stderr, t=t, df=df, p=float(2 * stdtr(df, -abs(t))), d=t / math.sqrt(len(d)),
                 combined=combine_effects(d, np.hypot(pairs.stderr, pairs.stderr_2), "fixed"))
 
-# %% ../nbs/core/08_statistics.ipynb #a540faa3
+# %% ../nbs/core/08_statistics.ipynb #b9c53366
 def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number of readings
                inputs:Sequence=("pooled", *INPUTS), # on which inputs
                unit:str="network",       # what is independent
@@ -388,7 +388,7 @@ def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number o
             rows.append(dict(hypothesis=h.claim.split(",")[0], reading=reading, inputs=kind) | {n: c[n] for n in ("effect", "stderr", "z", "p", "p_t", "Q", "I2", "tau2", "k")} | dict(verdict=h.verdict))
     return pd.DataFrame(rows)
 
-# %% ../nbs/core/08_statistics.ipynb #f5f61e14
+# %% ../nbs/core/08_statistics.ipynb #2a2a1f94
 def _legend(ax): ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 PUBLISHED_EFFECTS = dict(H2=(-.745, .122), H3=(.220, .037)) # per step of complexity; per log width, one layer
@@ -414,7 +414,7 @@ def plot_hypotheses(summary:pd.DataFrame, # of `hypotheses`
     _legend(ax)
     return ax
 
-# %% ../nbs/core/08_statistics.ipynb #b992e240
+# %% ../nbs/core/08_statistics.ipynb #aae66b7f
 def _ends(stated):
     "The interval of numbers that are printed as the string `stated`."
     half = .5 * 10.**-len(stated.partition(".")[2])
@@ -444,7 +444,7 @@ def check_published()->pd.DataFrame: # what, stated, from, low, high (what the i
                          agrees=low <= _ends(stated)[1] and high >= _ends(stated)[0]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/core/08_statistics.ipynb #64b8e498
+# %% ../nbs/core/08_statistics.ipynb #4f8b42b2
 PUBLISHED_TRENDS = {"complexity": -.745, "capacity": .220, "capacity resnet18": 31.} # per step; per e-fold of width
 PUBLISHED_SLOPES = pd.DataFrame([ # normalised; at width 24 the published ones for 16 and 32, the other widths' values are not known to us
     ("mnist", "cnn1", 2, 8., .24, .24), ("mnist", "cnn1", 2, 24., .48, .61), ("mnist", "cnn1", 10, 8., -.66, -.66), ("mnist", "cnn1", 10, 24., -.57, -.51),
@@ -454,7 +454,7 @@ PUBLISHED_RATIOS = pd.DataFrame([ # F / F(0) at the largest radius; "up to", "do
 ], columns=["dataset", "architecture", "n_classes", "layer", "ratio"])
 PUBLISHED_RESNET = .5, 4. # F / F(0): early layers down to, layers 3 and 4 up to
 
-# %% ../nbs/core/08_statistics.ipynb #40dc899a
+# %% ../nbs/core/08_statistics.ipynb #72e6e011
 def _one_of(rows, columns):
     "Raise ValueError where rows differ in a column that a panel shows one value of."
     if several := [c for c in columns if rows[c].nunique() > 1]: raise ValueError(f"the rows differ in {', '.join(several)}: select one each")
@@ -485,7 +485,7 @@ def plot_complexity(slopes:pd.DataFrame, # of `network_slopes`, one data set, ar
     _legend(ax)
     return ax
 
-# %% ../nbs/core/08_statistics.ipynb #db4ae323
+# %% ../nbs/core/08_statistics.ipynb #a2adcb0b
 def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, architecture and reading
                   ax=None):            # matplotlib Axes; None: a new figure
     "Normalised slope against width, a line a class count, beside published slopes and trend. Returns the Axes."
@@ -505,7 +505,7 @@ def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, arch
     _legend(ax)
     return ax
 
-# %% ../nbs/core/08_statistics.ipynb #6b821de2
+# %% ../nbs/core/08_statistics.ipynb #3a8c7db0
 def plot_ratio(table:pd.DataFrame, # tidy, see `check_table`; one data set, architecture and reading
                by:str="n_classes", # a line for each: "n_classes", "width" or "layer"
                ax=None):           # matplotlib Axes; None: a new figure
@@ -528,7 +528,7 @@ def plot_ratio(table:pd.DataFrame, # tidy, see `check_table`; one data set, arch
     _legend(ax)
     return ax
 
-# %% ../nbs/core/08_statistics.ipynb #d8b05956
+# %% ../nbs/core/08_statistics.ipynb #36ceaa44
 def _panels(parts, draw, title):
     "A figure with a panel a part."
     parts = list(parts)
@@ -567,7 +567,7 @@ def figure_9(table:pd.DataFrame,     # tidy, see `check_table`; one data set, ar
             _legend(ax)
     return _panels(check_table(_one_reading(table, reading), partial).groupby(["width"]), draw, "width {:g}".format)
 
-# %% ../nbs/core/08_statistics.ipynb #3cc4f757
+# %% ../nbs/core/08_statistics.ipynb #5ba0c368
 def plot_regimes(slopes:pd.DataFrame, # of `network_slopes`, one data set, architecture and reading
                  ax=None):            # matplotlib Axes; None: a new figure
     "Task demand against capacity, colour by the normalised slope: abundance above 0, scarcity below; circles where the interval covers 0. Returns the Axes."
