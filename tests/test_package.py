@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "superposition_lc"
 # A module imports only from floors below its own.
 FLOORS = {
-    1: {"entropy", "statistics", "data", "plotting", "runs", "sparse_coding", "kinds"},
-    2: {"sae", "cells"},
+    1: {"entropy", "data", "plotting", "runs", "sparse_coding", "kinds"},
+    2: {"sae", "statistics", "cells"},
     3: {"activations", "pretrained"},
     4: {"measurement", "rate_distortion"},
     5: {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "language", "adversarial")},
