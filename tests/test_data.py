@@ -409,3 +409,42 @@ def test_planted_bad_arguments(bad):
     name = next(iter(bad))
     with pytest.raises(ValueError, match=f"{name}="):
         planted_activations(**{**dict(n_features=6, n_neurons=3, n_samples=10), **bad})
+
+
+# --- CIFAR-10
+
+def cifar_archive(folder):
+    "An archive of the published form with three records a batch: (path, labels, pixels as (S, 3, 32, 32))."
+    import io
+    import tarfile
+    g = np.random.default_rng(0)
+    records = g.integers(0, 256, (6, 3, 3073), dtype=np.uint8)
+    records[..., 0] %= 10
+    path = folder / "cifar10" / "cifar-10-binary.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as archive:
+        for name, part in zip([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], records):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = part.size
+            archive.addfile(info, io.BytesIO(part.tobytes()))
+    return path, records[..., 0], records[..., 1:].reshape(6, 3, 3, 32, 32)
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    "Labels and pixels where the format says, in colour, in [0, 1]; a file that is not the published one is refused."
+    import pooch
+    path, labels, pixels = cifar_archive(tmp_path)
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="not the published file"):
+        load_dataset("cifar10")
+    monkeypatch.setattr(module, "_CIFAR10_SHA256", pooch.file_hash(str(path)))
+    d = load_dataset("cifar10")
+    assert d.x_train.shape == (15, 3, 32, 32) and d.x_test.shape == (3, 3, 32, 32) and d.x_train.dtype == torch.float32 and d.y_train.dtype == torch.int64
+    assert d.y_train.tolist() == labels[:5].ravel().tolist() and d.y_test.tolist() == labels[5].tolist()
+    assert np.array_equal((d.x_train * 255).round().numpy().astype(np.uint8), pixels[:5].reshape(15, 3, 32, 32))
+
+
+def test_cifar10_that_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-binary.tar.gz is missing. Fix: download https://\S+cifar-10-binary.tar.gz \(162 MB\) and put it there"):
+        load_dataset("cifar10")

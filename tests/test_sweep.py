@@ -20,6 +20,7 @@ from torch import nn
 
 from superposition_lc.activations import capture
 from superposition_lc.cells import FailedCells, cell_key, run_cells
+from superposition_lc.cli import main
 from superposition_lc.data import load_dataset
 from superposition_lc.experiments import adversarial, sweep
 from superposition_lc.experiments.sweep import (ARCHITECTURES, READINGS, SCALES, Cell, Grid, SweepConfig, changes, measure_cell,
@@ -316,8 +317,9 @@ def test_attack_on_a_model_without_gradients_is_refused():
 def test_data_that_is_missing_is_found_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "run_cells", lambda *a, **k: pytest.fail("computed"))
     monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="mnist.* is missing. Fix"):
-        run(replace(CONFIG, grids=(replace(CONFIG.grids[0], datasets=("mnist",)),)), progress=False)
+    for name, says in [("mnist", "mnist.* is missing. Fix"), ("cifar10", r"cifar-10-binary.tar.gz is missing. Fix: download https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz .* and put it there")]:
+        with pytest.raises(FileNotFoundError, match=says):
+            run(replace(CONFIG, grids=(replace(CONFIG.grids[0], datasets=(name,)),)), progress=False)
 
 
 # --- the reading
@@ -332,11 +334,35 @@ def test_changes_of_planted_ratios(table):
 
 
 def test_report(table, tmp_path):
-    said = report(table, CONFIG, tmp_path)
-    assert "4 networks, 1 seed(s)" in said and said == reading(table) and {p.name for p in tmp_path.iterdir()} == {"figure-readings.png", "changes.csv"}
-    left, right = plot_changes(table)
-    assert len(left.get_yticklabels()) == 2 and "2 classes, mlp1 6" in left.get_yticklabels()[0].get_text()
+    "Readings, verdicts of all readings, figures of what there is; planted networks of two widths."
+    t = pd.concat([table.assign(seed=s, width=w, effective_features=[f * (1 + s / 10) * w**e for f, e in zip(table.effective_features, table.eps)]) for s in (0, 1, 2) for w in (6, 12)])
+    said = report(t, CONFIG, tmp_path)
+    assert "24 networks, 3 seed(s)" in said and said.startswith(reading(t)) and all(f"{h}" in said for h in ("H1", "H2", "H3"))
+    kinds = {f"figure-{k}-{r}.png" for k in ("7", "8", "regimes") for r in READINGS}
+    assert {p.name for p in tmp_path.iterdir()} == kinds | {"figure-readings.png", "changes.csv"}
+    left, right = plot_changes(t)
+    assert len(left.get_yticklabels()) == 4 and "2 classes, mlp1 6" in left.get_yticklabels()[0].get_text()
     plt.close("all")
+
+
+def test_the_command_keeps_cells_and_goes_on(monkeypatch, tmp_path, capsys):
+    "A cell that fails ends with status 2 and its settings; run again, only that one is computed."
+    true, seen = sweep.measure_cell, []
+    monkeypatch.setitem(SCALES, "smoke", replace(CONFIG, grids=(replace(CONFIG.grids[0], n_classes=(2,), eps=(0., .1, .2)),)))
+    def measure(cell):
+        seen.append(cell)
+        if len(seen) == 2: raise RuntimeError("the disk is full")
+        return true(cell)
+    measure.__module__, measure.__qualname__ = true.__module__, true.__qualname__
+    monkeypatch.setattr(sweep, "measure_cell", measure)
+    command = ["reproduce", "adversarial", "--scale", "smoke", "--jobs", "1", "--quiet", "--out", str(tmp_path)]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "1 of 3 cells failed (the other 2 are kept in" in err and "n_classes=2" in err and "eps=0.1" in err and "RuntimeError: the disk is full" in err
+    assert not (tmp_path / "table.csv").exists() and len(list((tmp_path / "cells").iterdir())) == 2
+    assert main(command) == 0 and len(seen) == 4 and seen[3] == seen[1]
+    assert "H1" in capsys.readouterr().out and {"table.csv", "run.json", "figure-readings.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert main(command) == 0 and len(seen) == 4 and "nothing is run again" in capsys.readouterr().out
 
 
 def test_processes_and_a_cluster_that_loses_a_worker_give_the_same(table, tmp_path):
