@@ -198,6 +198,7 @@ def test_trend_is_weighted_least_squares():
     assert found["trend"] == pytest.approx(known.params[1]) and found["chi2"] == pytest.approx(scaled.ssr)
     assert found["stderr"] == pytest.approx(max(known.bse[1], scaled.bse[1])) and scaled.bse[1] > known.bse[1]
     assert S.trend([0, 1], [0, 1], [3., 4.])["stderr"] == pytest.approx(5)
+    assert S.trend([1, 2, 3, 4], [.3, .1, -.1, -.3], [.1] * 4)["stderr"] == pytest.approx(.1 / 5**.5)  # on the line: the errors stay what they are
     with pytest.raises(ValueError, match="two or more different places"): S.trend([1, 1], [0, 1], [1, 1])
     with pytest.raises(ValueError, match="above 0"): S.trend([1, 2], [0, 1], [0, 1])
 
