@@ -6,7 +6,7 @@
 __all__ = ['ARCHITECTURES', 'READINGS', 'VERSION', 'SCALES', 'network', 'measured_layers', 'Cell', 'participation_ratio',
            'measure_cell', 'Grid', 'SweepConfig', 'tidy', 'run', 'changes', 'plot_changes', 'reading', 'report']
 
-# %% ../../nbs/experiments/16_sweep.ipynb #aa8a5cf1
+# %% ../../nbs/experiments/16_sweep.ipynb #fe886029
 import math
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from ..runs import atomic_path
 from ..sae import SAEConfig, energy_scale
 from ..statistics import figure_7, figure_8, figure_9, figure_regimes, hypotheses
 
-# %% ../../nbs/experiments/16_sweep.ipynb #80b6a724
+# %% ../../nbs/experiments/16_sweep.ipynb #09eb79fe
 def _flat(body, shape, n_classes, hidden=None):
     "A convolutional body, then linear layers to the logits."
     with torch.no_grad(): n = body(torch.zeros(1, *shape)).numel()
@@ -51,7 +51,7 @@ def _cnn2(c, shape, n_classes):
                            conv2=nn.Conv2d(c, 2 * c, 3, padding=1), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2))
     return _flat(body, shape, n_classes, 4 * c)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #708b2201
+# %% ../../nbs/experiments/16_sweep.ipynb #4f27b703
 class _Block(nn.Module):
     "Two 3x3 convolutions with normalisation and a shortcut."
     def __init__(self, a, b, stride):
@@ -74,7 +74,7 @@ ARCHITECTURES = dict(
     mlp3=lambda h, shape, n_classes: mlp(math.prod(shape), (4 * h, 2 * h, h), n_classes),
     cnn1=_cnn1, cnn2=_cnn2, resnet18=_resnet18)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #ba1a7e0e
+# %% ../../nbs/experiments/16_sweep.ipynb #f2549b79
 def network(architecture:str,   # a name in ARCHITECTURES
             width:float,        # see above; a whole number for all but resnet18
             shape:tuple,        # of an image: channels, height, width
@@ -96,7 +96,7 @@ def measured_layers(model:nn.Module # made by `network`
         if name.startswith(("relu", "layer")): found[name], n = n, 0
     return found
 
-# %% ../../nbs/experiments/16_sweep.ipynb #2fcd1590
+# %% ../../nbs/experiments/16_sweep.ipynb #f9f8acb9
 _POSITIVE = "n_classes width epochs lr batch_size attack_steps eval_steps n_samples sae_seeds".split()
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Cell:
         if self.architecture not in ARCHITECTURES: raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         if 0 not in self.octaves or len(set(self.octaves)) < 2: raise ValueError(f"octaves must hold 0, the default's penalty, and another, got {self.octaves}")
 
-# %% ../../nbs/experiments/16_sweep.ipynb #37291627
+# %% ../../nbs/experiments/16_sweep.ipynb #1b48fb72
 def participation_ratio(x:Tensor)->float: # (S, N) activations; between 1 and N, 0 where nothing varies
     "(tr C)^2 / tr C^2 of the covariance C: dimensions in use, without an autoencoder."
     x = (x - x.mean(0)).double()
@@ -151,7 +151,7 @@ def _row_of_seeds(points, n_features):
     row |= dict(effective_features=value, low=low, high=high, **points[_QUALITY].mean().to_dict(), converged=bool(points.converged.all()))
     return row | dict(warning=row_warning(row))
 
-# %% ../../nbs/experiments/16_sweep.ipynb #14260d5a
+# %% ../../nbs/experiments/16_sweep.ipynb #d3086962
 _COLUMNS = ["n_features", "effective_features", "low", "high", *_QUALITY, "converged", "warning"]
 _SILENT = dict(n_features=0, effective_features=0., low=0., high=0., l0=0., fvu=math.nan, dead_fraction=1., converged=False, warning="silent: the activations never vary")
 
@@ -169,7 +169,7 @@ def _read(layers, cell):
         curves[k] = points.drop(columns="layer").to_dict("records")
     return rows, curves
 
-# %% ../../nbs/experiments/16_sweep.ipynb #2479af00
+# %% ../../nbs/experiments/16_sweep.ipynb #62c103e8
 @contextmanager
 def _one_thread():
     n = torch.get_num_threads()
@@ -198,7 +198,7 @@ def measure_cell(cell:Cell)->list: # dicts, one a layer and kind of input: what 
         return [dict(layer=(name := key.split("/")[1]), inputs=key.split("/")[0], n_parameters=names[name], **scores, **_plain(a.values),
                      readings=rows[key], curve=curves[key]) for key, a in captured.items()]
 
-# %% ../../nbs/experiments/16_sweep.ipynb #31013830
+# %% ../../nbs/experiments/16_sweep.ipynb #f4e1bf88
 @dataclass(frozen=True)
 class Grid:
     "Cells that differ in data set, classes, network, radius and seed; the rest is as in `cell`."
@@ -234,7 +234,7 @@ class SweepConfig:
         "All cells, the first seed's before the second's."
         return [c for s in range(self.seed, self.seed + self.n_seeds) for g in self.grids for c in g.cells([s])]
 
-# %% ../../nbs/experiments/16_sweep.ipynb #07381819
+# %% ../../nbs/experiments/16_sweep.ipynb #f705ac46
 _CONDITION = ["dataset", "n_classes", "architecture", "width", "layer"]
 
 def _reach(points):
@@ -262,7 +262,7 @@ def _equal_distortion(found, fvu):
     target = min(max(fvu, low), high) if low <= high else fvu
     for r in found: r["readings"]["equal_distortion"] = _at(r, target)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #39cc63ba
+# %% ../../nbs/experiments/16_sweep.ipynb #31948b10
 READINGS = ("released", "default", "equal_distortion")
 _FIRST = ["dataset", "n_classes", "architecture", "width", "eps", "seed", "layer", "inputs", "reading"]
 
@@ -287,7 +287,7 @@ def tidy(cells,   # of `Cell`
     table = pd.DataFrame(out)
     return table[_FIRST + [c for c in table if c not in _FIRST]]
 
-# %% ../../nbs/experiments/16_sweep.ipynb #2eef2e30
+# %% ../../nbs/experiments/16_sweep.ipynb #d558b489
 VERSION = f"{__version__}/1"  # of the cells: raise the last number when a cell computes something else
 
 def run(config:SweepConfig=SweepConfig(),
@@ -299,7 +299,7 @@ def run(config:SweepConfig=SweepConfig(),
     for name in dict.fromkeys(c.dataset for c in cells): load_dataset(name, n_train=1, n_test=1, progress=progress)  # what is missing is found before the work
     return tidy(cells, run_cells(measure_cell, cells, store, VERSION, progress=progress).complete(), config.fvu)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #a854d85a
+# %% ../../nbs/experiments/16_sweep.ipynb #55b2991c
 _QUICK = dict(default=SAEConfig(expansion=4, steps=100, max_rounds=2, refine_steps=100, warmup=30), released=SAEConfig.released(epochs=20))
 _LAPTOP = Cell(n_train=1500, n_test=500, attack_steps=5, eval_steps=10, epochs=8, n_samples=1500, sae_seeds=1, octaves=(-2, 0, 1, 2, 3, 4),
                released=SAEConfig.released(epochs=400))
@@ -316,7 +316,7 @@ SCALES = dict(
         Grid(("cifar10",), (10,), tuple(("resnet18", w) for w in (.25, .5, 1., 2.)), (0., .01, .02, .03),
              replace(_PAPER, attack_steps=10, eval_steps=10, epochs=200, lr=.1, common_eps=.01)))))
 
-# %% ../../nbs/experiments/16_sweep.ipynb #a1d78a31
+# %% ../../nbs/experiments/16_sweep.ipynb #a86d2ce0
 def changes(table:pd.DataFrame, # of `run`
             value:str="effective_features", # or another column of positive numbers: scale, alive_units, participation_ratio
            )->pd.DataFrame:     # dataset ... layer, inputs, reading, ratio, low, high, n_seeds, flagged
@@ -335,7 +335,7 @@ def _student(n):
     from scipy.special import stdtrit
     return float(stdtrit(n - 1, .975))
 
-# %% ../../nbs/experiments/16_sweep.ipynb #053ffc07
+# %% ../../nbs/experiments/16_sweep.ipynb #5c207759
 _READING_COLOURS = dict(released="published", default="ours", equal_distortion="extra")
 
 def plot_changes(table:pd.DataFrame, # of `run`
@@ -363,7 +363,7 @@ def plot_changes(table:pd.DataFrame, # of `run`
 def _condition(r): return f"{r['dataset']}, {r['n_classes']} classes, {r['architecture']} {r['width']:g}, {r['layer']}"
 def _limits(t): return max(t.low.fillna(t.ratio).min() * .9, 1 / 5), min(t.high.fillna(t.ratio).max() * 1.1, 5)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #3ed90e8b
+# %% ../../nbs/experiments/16_sweep.ipynb #6a4c82a8
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says, in a few lines: changes by reading, what changes beside F, what is flagged."
     t = changes(table)
@@ -382,7 +382,7 @@ def reading(table:pd.DataFrame)->str: # of `run`
     lines.append("robust accuracy at the largest radius: " + ", ".join(f"{k} classes {v:.2f} (chance {1 / k:.2f})" for k, v in worst.items()))
     return "\n".join(lines)
 
-# %% ../../nbs/experiments/16_sweep.ipynb #c9be75c7
+# %% ../../nbs/experiments/16_sweep.ipynb #79c8ee41
 def _verdicts(table):
     "The hypotheses in all readings, as text."
     h = hypotheses(table)
