@@ -249,6 +249,12 @@ def test_a_layer_of_dead_units_is_reported(monkeypatch):
     assert changes(t).ratio.isna().all()
 
 
+def test_convolutional_layers_are_measured_by_position():
+    rows = measure_cell(replace(TINY, architecture="cnn1", width=3, eps=.1, epochs=2))
+    assert [(r["inputs"], r["layer"], r["n_neurons"], r["n_samples"], r["n_parameters"]) for r in rows] == [(i, "relu1", 3, 120, 78) for i in ("clean", "attacked")]
+    assert {*rows[0]["readings"]} == {"released", "default"} and len(rows[0]["curve"]) == 2 * len(TINY.octaves)
+
+
 def test_participation_ratio():
     x = torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.eigvalsh(torch.cov(x.T))
@@ -340,6 +346,8 @@ def test_report(table, tmp_path):
     assert "24 networks, 3 seed(s)" in said and said.startswith(reading(t)) and all(f"{h}" in said for h in ("H1", "H2", "H3"))
     kinds = {f"figure-{k}-{r}.png" for k in ("7", "8", "regimes") for r in READINGS}
     assert {p.name for p in tmp_path.iterdir()} == kinds | {"figure-readings.png", "changes.csv"}
+    (tmp_path / "small").mkdir()
+    assert "No verdicts: " in report(table, CONFIG, tmp_path / "small") and {p.name for p in (tmp_path / "small").iterdir()} == {"figure-readings.png", "changes.csv"}
     left, right = plot_changes(t)
     assert len(left.get_yticklabels()) == 4 and "2 classes, mlp1 6" in left.get_yticklabels()[0].get_text()
     plt.close("all")
