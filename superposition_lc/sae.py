@@ -222,9 +222,11 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
                   l1:Tensor,             # (K, 1, 1) penalty a code, as it enters the loss
                   weight:float=1.0,      # factor of the squared error: 1 (Eq. 5) or 1/N (released)
+                  work:dict|None=None,   # buffers that calls of one shape share: the gradients hold until the next call
                  )->tuple:               # ({parameter name: gradient}, (K,) loss)
     "Gradients of weight*|x - x'|^2 + l1*|z|_1, averaged over the batch (Eq. 5), without autograd."
     if sae.kind: return sae.kind.gradients(sae, x, l1, weight)
+    if sae.tied and sae.k is None: return _tied_gradients(sae, x, l1, weight, {} if work is None else work)
     W, B = sae.weight, x.shape[1]
     V, u = (W, x) if sae.tied else (sae.decoder, x - sae.decoder_bias[:, None])
     z = _activate(torch.baddbmm(sae.bias[:, None], u, W.mT), sae.k)
@@ -235,6 +237,23 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     if sae.tied: g["weight"].baddbmm_(z.mT, r)
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
+
+# %% ../nbs/core/05_sae.ipynb #7f1c2a90
+_NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
+
+def _tied_gradients(sae, x, l1, weight, work):
+    "`sae_gradients` of tied ReLU autoencoders: samples on the last axis, products and what follows them in place."
+    W, u, (K, B, N), D = sae.weight, x.mT, x.shape, sae.n_features
+    if not work: work |= {name: x.new_empty(K, *s) for name, s in dict(z=(D, B), dz=(D, B), r=(N, B), g=(D, N), flat=(N, D)).items()}
+    z, dz, r, g, flat = work.values()
+    torch.baddbmm(sae.bias[..., None], W, u, out=z).relu_()
+    torch.baddbmm(u, W.mT, z, beta=-1, out=r)
+    loss = torch.linalg.vector_norm(r, dim=(1, 2)).square_().mul_(weight / B).addcmul_(z.sum((1, 2)), l1.view(-1), value=1 / B)
+    torch.baddbmm(l1 / B, W, r.mul_(2 * weight / B), out=dz)
+    torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)  # 0 where z is
+    if N > _NARROW: torch.bmm(dz, x, out=g).baddbmm_(z, r.mT)
+    else: g.copy_(torch.bmm(u, dz.mT, out=flat).baddbmm_(r, z.mT).mT)
+    return {"bias": dz.sum(-1), "weight": g}, loss
 
 # %% ../nbs/core/05_sae.ipynb #6c327895
 def _chunks(sae, x, elements=2**24):
@@ -273,13 +292,14 @@ class _Member:
     config: SAEConfig
     seed: int
 
-def _batches(n, size, g):
-    "Endless batches of indices: a fresh permutation every epoch, cut across epoch borders."
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < size: order = torch.cat([order, torch.randperm(n, generator=g)])
-        yield order[:size]
-        order = order[size:]
+class _Order:
+    "Endless indices: a fresh permutation every epoch, cut across epoch borders."
+    def __init__(self, n, g): self.n, self.generator, self.left = n, g, torch.empty(0, dtype=torch.long)
+    def __call__(self, count):
+        epochs = [torch.randperm(self.n, generator=self.generator) for _ in range(len(self.left), count, self.n)]
+        order = torch.cat([self.left, *epochs])
+        self.left = order[count:].clone()  # not a view, which would keep all of them
+        return order[:count]
 
 def _initial_rows(n_neurons, n_features, config, g):
     "Random rows of norm 1; Xavier-uniform ones where norms are free (the paper's)."
@@ -317,7 +337,7 @@ class _Trainer:
         generators = {s: torch.Generator().manual_seed(s) for s in seeds}
         rows = {s: _initial_rows(n, d, c, g) for s, g in generators.items()}
         self.size = min(c.batch_size, x.shape[1])
-        self.batches = {s: _batches(x.shape[1], self.size, g) for s, g in generators.items()}
+        self.orders = {s: _Order(x.shape[1], g) for s, g in generators.items()}
         kind = make_kind(c.kind, k=c.k, bandwidth=c.bandwidth, prefixes=c.prefixes if c.kind == "matryoshka" else None)
         with torch.random.fork_rng(devices=[]): self.sae = SparseAutoencoder(n, d, len(members), None if kind else c.k, c.tied, kind=kind).to(x)
         start = torch.stack([rows[m.seed] for m in members]).to(x)
@@ -330,6 +350,7 @@ class _Trainer:
         params = list(self.sae.parameters())
         self.adam = torch.optim.Adam(params, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=self.x.device.type in ("cpu", "cuda"))
         for p, m in zip(params, moments or []): self.adam.state[p] = m
+        self.work, self.rows = {}, torch.tensor([[m.data * self.x.shape[1]] for m in self.members])
 
     def keep(self, i):
         "Go on with the members at positions `i` only."
@@ -337,20 +358,29 @@ class _Trainer:
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
+    def draw(self, steps):
+        "What each member sees in the next steps, as rows of the data sets end to end: (steps, K * B)."
+        drawn = {s: order(steps * self.size) for s, order in self.orders.items()}
+        rows = torch.stack([drawn[m.seed] for m in self.members]) + self.rows
+        return rows.view(len(rows), steps, -1).transpose(0, 1).flatten(1).to(self.x.device)
+
 # %% ../nbs/core/05_sae.ipynb #284daa88
+_AHEAD = 2**20 # samples of a stack that are drawn at once
+
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
-    c, x, sae, n, total = t.config, t.x, t.sae, t.x.shape[-1], 0.
-    mean = c.reduction == "mean"
+    c, x, sae, n, total = t.config, t.x.flatten(0, 1), t.sae, t.x.shape[-1], 0.
+    mean, ahead = c.reduction == "mean", max(1, _AHEAD // (len(t.members) * t.size))
     l1 = torch.tensor([m.config.l1 / (sae.n_features if mean else 1) for m in t.members]).to(x).view(-1, 1, 1)
-    data = torch.tensor([m.data for m in t.members], device=x.device)[:, None]
+    flat = x.new_empty(len(t.members) * t.size, n)
+    batch = flat.view(len(t.members), t.size, n)
     directions = sae.weight if c.tied else sae.decoder  # the rows that are held at norm 1
     parameters = dict(sae.named_parameters())
     for step in range(steps):
-        drawn = {s: next(b) for s, b in t.batches.items()}
-        batch = x[data, torch.stack([drawn[m.seed] for m in t.members]).to(x.device)]
-        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1.)
+        if step % ahead == 0: rows = t.draw(min(ahead, steps - step))
+        torch.index_select(x, 0, rows[step % ahead], out=flat)
+        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1., t.work)
         total += loss
         for name, p in parameters.items(): p.grad = grads[name]
         if c.unit_norm: # only the part of the step along the sphere
