@@ -238,6 +238,31 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
+# %% ../nbs/core/05_sae.ipynb #2b6e90d4
+_WIDE, _FEW = 128, 1 / 16 # from so many neurons, and up to this fraction of active codes (in some samples), skipping the others is faster on a CPU
+
+def _bags(table, index, count, weights):
+    "Sums of rows of `table`: the first count[0] of `index`, times their weights, make the first row, and so on."
+    ends = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return nn.functional.embedding_bag(index, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+def _few_codes(W, x, z, l1, weight):
+    "What follows the codes z (K, D, B) in `_tied_gradients`, with no work for codes that are zero."
+    (K, D, B), (rows, samples) = z.shape, (t.reshape(-1, x.shape[-1]) for t in (W, x))
+    at = z.view(-1).nonzero()[:, 0]
+    row, value = at // B, z.view(-1)[at]
+    member = row // D
+    sample = member * B + at % B
+    by_sample, per_row = sample.argsort(stable=True), row.bincount(minlength=K * D)
+    r = _bags(rows, row[by_sample], sample.bincount(minlength=K * B), value[by_sample]).sub_(samples)
+    loss = (r.square().view(K, -1).sum(1) * weight + z.sum((1, 2)) * l1.view(-1)) / B
+    r *= 2 * weight / B
+    dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, r, sample, row, row, 0)  # rows . r, where a code is active
+    dz += (l1.view(-1) / B)[member]
+    bias = torch.zeros_like(rows[:, 0]).index_add_(0, row, dz)
+    both = torch.stack([sample, sample + K * B], 1).view(-1), per_row * 2, torch.stack([dz, value], 1).view(-1)
+    return {"bias": bias.view(K, D), "weight": _bags(torch.cat([samples, r]), *both).view_as(W)}, loss
+
 # %% ../nbs/core/05_sae.ipynb #7f1c2a90
 _NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
 
@@ -247,6 +272,7 @@ def _tied_gradients(sae, x, l1, weight, work):
     if not work: work |= {name: x.new_empty(K, *s) for name, s in dict(z=(D, B), dz=(D, B), r=(N, B), g=(D, N), flat=(N, D)).items()}
     z, dz, r, g, flat = work.values()
     torch.baddbmm(sae.bias[..., None], W, u, out=z).relu_()
+    if N >= _WIDE and x.device.type == "cpu" and (some := z[..., :-(-B // 16)]).count_nonzero() <= _FEW * some.numel(): return _few_codes(W, x, z, l1, weight)
     torch.baddbmm(u, W.mT, z, beta=-1, out=r)
     loss = torch.linalg.vector_norm(r, dim=(1, 2)).square_().mul_(weight / B).addcmul_(z.sum((1, 2)), l1.view(-1), value=1 / B)
     torch.baddbmm(l1 / B, W, r.mul_(2 * weight / B), out=dz)

@@ -65,6 +65,32 @@ def test_gradients_equal_autograd(shape, batch, mean, l1):
         assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bias", [-4., -1.5, -.5, -99.])
+def test_few_active_codes_have_the_same_gradients(monkeypatch, dtype, tolerance, bias):
+    "Skipping codes that are zero is faster and changes nothing, whether some, most or all are."
+    sae, x, l1 = filled(130, 150, stack=3, dtype=dtype), torch.randn(3, 40, 130, generator=generator(1)).to(dtype), torch.tensor([0., .3, 2.], dtype=dtype).view(3, 1, 1)
+    sae.weight.data = nn.functional.normalize(sae.weight.data, dim=-1)
+    sae.bias.data = sae.bias.data * .1 + bias
+    found = []
+    for few in (0., 1.):
+        monkeypatch.setattr(module, "_FEW", few)
+        found.append(sae_gradients(sae, x, l1, .7))
+    assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+
+
+def test_training_takes_the_way_of_few_codes_and_ends_the_same(monkeypatch):
+    x, used, true = planted_activations(256, 128, 300).activations, [], module._few_codes
+    monkeypatch.setattr(module, "_few_codes", lambda *args: (used.append(1), true(*args))[1])
+    config = replace(QUICK, expansion=4, l1=3., steps=60, tolerance=1e-12)
+    a = fit(x, config, seeds=2)
+    assert 0 < len(used) < 120  # not while most codes are active
+    monkeypatch.setattr(module, "_WIDE", 129)
+    b = fit(x, config, seeds=2)
+    assert_close(a.sae.state_dict(), b.sae.state_dict(), rtol=1e-3, atol=1e-3)
+    assert a.table.effective_features.tolist() == pytest.approx(b.table.effective_features.tolist(), rel=1e-3)
+
+
 @given(shape=shapes, lead=st.lists(st.integers(1, 3), max_size=2), lasso=st.booleans())
 def test_forward_is_decode_of_encode(shape, lead, lasso):
     shape = {**shape, "k": shape["k"] and min(shape["k"], shape["d"])}
