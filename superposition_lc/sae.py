@@ -353,6 +353,27 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
+# %% ../nbs/core/05_sae.ipynb #c05e7a31
+class _Adam:
+    "Adam, called directly: what torch.optim does around it takes longer than the step of a small stack."
+    def __init__(self, params, beta2, steps=0, moments=None):
+        self.params, self.beta2 = {name: p.data for name, p in params.items()}, beta2
+        self.moments = moments or [[torch.zeros_like(p) for p in self.params.values()] for _ in range(2)]
+        self.steps = [torch.full((), float(steps), device=p.device) for p in self.params.values()]
+
+    def step(self, grads, lr):
+        "Move the parameters by their gradients, in place."
+        params, grads = list(self.params.values()), [grads[name].contiguous() for name in self.params]
+        torch._foreach_add_(self.steps, 1)
+        if params[0].device.type in ("cpu", "cuda"):
+            return torch._fused_adam_(params, grads, *self.moments, [], self.steps, lr=lr, beta1=.9, beta2=self.beta2, weight_decay=0.,
+                                      eps=1e-8, amsgrad=False, maximize=False)
+        t = self.steps[0].item()
+        for p, g, m, v in zip(params, grads, *self.moments):
+            m.lerp_(g, .1)
+            v.lerp_(g.square(), 1 - self.beta2)
+            p.addcdiv_(m, (v / (1 - self.beta2**t)).sqrt_().add_(1e-8), value=-lr / (1 - .9**t))
+
 # %% ../nbs/core/05_sae.ipynb #94462eb5
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
@@ -373,14 +394,12 @@ class _Trainer:
         self._optimise()
 
     def _optimise(self, moments=None):
-        params = list(self.sae.parameters())
-        self.adam = torch.optim.Adam(params, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=self.x.device.type in ("cpu", "cuda"))
-        for p, m in zip(params, moments or []): self.adam.state[p] = m
+        self.adam = _Adam(dict(self.sae.named_parameters()), self.config.beta2, self.steps, moments)
         self.work, self.rows = {}, torch.tensor([[m.data * self.x.shape[1]] for m in self.members])
 
     def keep(self, i):
         "Go on with the members at positions `i` only."
-        moments = [{k: v if v.ndim == 0 else v[i] for k, v in self.adam.state[p].items()} for p in self.sae.parameters()]
+        moments = [[t[i] for t in m] for m in self.adam.moments]
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
@@ -401,20 +420,18 @@ def _run(t:_Trainer, steps, tick):
     l1 = torch.tensor([m.config.l1 / (sae.n_features if mean else 1) for m in t.members]).to(x).view(-1, 1, 1)
     flat = x.new_empty(len(t.members) * t.size, n)
     batch = flat.view(len(t.members), t.size, n)
-    directions = sae.weight if c.tied else sae.decoder  # the rows that are held at norm 1
-    parameters = dict(sae.named_parameters())
+    name = "weight" if c.tied else "decoder"  # the rows that are held at norm 1
+    directions = t.adam.params[name]
     for step in range(steps):
         if step % ahead == 0: rows = t.draw(min(ahead, steps - step))
         torch.index_select(x, 0, rows[step % ahead], out=flat)
         grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1., t.work)
         total += loss
-        for name, p in parameters.items(): p.grad = grads[name]
         if c.unit_norm: # only the part of the step along the sphere
-            directions.grad -= (directions.grad * directions).sum(-1, keepdim=True) * directions
+            grads[name].addcmul_((grads[name] * directions).sum(-1, keepdim=True), directions, value=-1)
         t.steps += 1
         rate = c.lr * min(1., t.steps / max(1, c.warmup))
-        t.adam.param_groups[0]["lr"] = rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2
-        t.adam.step()
+        t.adam.step(grads, rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2)
         if c.unit_norm: directions.div_(directions.norm(dim=-1, keepdim=True))
         tick(len(t.members))
     return total / steps

@@ -403,11 +403,29 @@ def test_epochs():
 
 def test_rate(monkeypatch):
     "Rises over `warmup` steps of the first round, and falls to zero in every round."
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    rates, step = [], module._Adam.step
+    monkeypatch.setattr(module._Adam, "step", lambda self, grads, lr: (rates.append(lr), step(self, grads, lr))[1])
     fit(config=replace(QUICK, tolerance=1e-12, lr=.01))
     expected = [.01 * min(1, (i + 1) / 10) * (1 + math.cos(math.pi * (i % 40) / 40)) / 2 for i in range(80)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_is_that_of_torch(fused):
+    "Ten steps with a changing rate, then more with members taken out."
+    g, start = generator(), {"a": torch.randn(3, 4, 2, dtype=torch.float64), "b": torch.randn(3, 4, dtype=torch.float64)}
+    class Elsewhere(torch.Tensor): # says that it lies on another device, where there is no fused step
+        device = property(lambda self: torch.device("cpu") if fused else torch.device("meta"))
+    ours, theirs = {k: nn.Parameter(v.clone()) for k, v in start.items()}, {k: nn.Parameter(v.clone()) for k, v in start.items()}
+    adam, reference = module._Adam(ours, .99), torch.optim.Adam(theirs.values(), betas=(.9, .99))
+    adam.params = {k: p if fused else p.as_subclass(Elsewhere) for k, p in adam.params.items()}
+    for i in range(10):
+        grads = {k: torch.randn(v.shape, generator=g, dtype=torch.float64) for k, v in start.items()}
+        for k, p in theirs.items(): p.grad = grads[k].clone()
+        reference.param_groups[0]["lr"] = .1 / (i + 1)
+        reference.step()
+        adam.step(grads, .1 / (i + 1))
+    for k in start: assert_close(ours[k], theirs[k], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [QUICK, LASSO], ids=KINDS)
