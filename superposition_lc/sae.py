@@ -300,8 +300,8 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     for part in _chunks(sae, x):
         x_hat, z = sae(xs := x[..., part, :])
         z = z.view(K, -1, sae.n_features)
-        sums += z.sum(1, dtype=torch.float64)
-        active += (z > 0).sum((1, 2))
+        sums += sum(some.double().sum(1) for some in z.split(1024, 1))  # float64 without a pass that converts one number at a time
+        active += (z > 0).to(z).sum(1).sum(1, dtype=torch.float64)
         error += ((x_hat - xs) / unit).square().view(K, -1).sum(1, dtype=torch.float64)
         for acc, codes in zip(accumulators, z):
             if codes.isfinite().all(): acc.update(codes, None if clusters is None else clusters[part])
