@@ -410,6 +410,15 @@ def test_rate(monkeypatch):
     assert rates == pytest.approx(expected)
 
 
+@given(n=st.integers(2, 9), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5))
+def test_every_epoch_sees_every_sample_once(n, sizes):
+    "However many samples are drawn at once."
+    drawn, whole = module._Order(n, generator()), module._Order(n, generator())
+    order = torch.cat([drawn(s) for s in sizes])
+    assert torch.equal(order, whole(sum(sizes)))
+    for epoch in order.split(n): assert len(epoch.unique()) == len(epoch)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_adam_is_that_of_torch(fused):
     "Ten steps with a changing rate, then more with members taken out."
