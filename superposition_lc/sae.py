@@ -222,9 +222,11 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
                   l1:Tensor,             # (K, 1, 1) penalty a code, as it enters the loss
                   weight:float=1.0,      # factor of the squared error: 1 (Eq. 5) or 1/N (released)
+                  work:dict|None=None,   # buffers that calls of one shape share: the gradients hold until the next call
                  )->tuple:               # ({parameter name: gradient}, (K,) loss)
     "Gradients of weight*|x - x'|^2 + l1*|z|_1, averaged over the batch (Eq. 5), without autograd."
     if sae.kind: return sae.kind.gradients(sae, x, l1, weight)
+    if sae.tied and sae.k is None: return _tied_gradients(sae, x, l1, weight, {} if work is None else work)
     W, B = sae.weight, x.shape[1]
     V, u = (W, x) if sae.tied else (sae.decoder, x - sae.decoder_bias[:, None])
     z = _activate(torch.baddbmm(sae.bias[:, None], u, W.mT), sae.k)
@@ -235,6 +237,49 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     if sae.tied: g["weight"].baddbmm_(z.mT, r)
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
+
+# %% ../nbs/core/05_sae.ipynb #2b6e90d4
+_WIDE, _FEW = 128, 1 / 16 # from so many neurons, and up to this fraction of active codes (in some samples), skipping the others is faster on a CPU
+
+def _bags(table, index, count, weights):
+    "Sums of rows of `table`: the first count[0] of `index`, times their weights, make the first row, and so on."
+    ends = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return nn.functional.embedding_bag(index, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+def _few_codes(W, x, z, l1, weight):
+    "What follows the codes z (K, D, B) in `_tied_gradients`, with no work for codes that are zero."
+    (K, D, B), (rows, samples) = z.shape, (t.reshape(-1, x.shape[-1]) for t in (W, x))
+    at = z.view(-1).nonzero()[:, 0]
+    row, value = at // B, z.view(-1)[at]
+    member = row // D
+    sample = member * B + at % B
+    by_sample, per_row = sample.argsort(stable=True), row.bincount(minlength=K * D)
+    r = _bags(rows, row[by_sample], sample.bincount(minlength=K * B), value[by_sample]).sub_(samples)
+    loss = (r.square().view(K, -1).sum(1) * weight + z.sum((1, 2)) * l1.view(-1)) / B
+    r *= 2 * weight / B
+    dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, r, sample, row, row, 0)  # rows . r, where a code is active
+    dz += (l1.view(-1) / B)[member]
+    bias = torch.zeros_like(rows[:, 0]).index_add_(0, row, dz)
+    both = torch.stack([sample, sample + K * B], 1).view(-1), per_row * 2, torch.stack([dz, value], 1).view(-1)
+    return {"bias": bias.view(K, D), "weight": _bags(torch.cat([samples, r]), *both).view_as(W)}, loss
+
+# %% ../nbs/core/05_sae.ipynb #7f1c2a90
+_NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
+
+def _tied_gradients(sae, x, l1, weight, work):
+    "`sae_gradients` of tied ReLU autoencoders: samples on the last axis, products and what follows them in place."
+    W, u, (K, B, N), D = sae.weight, x.mT, x.shape, sae.n_features
+    if not work: work |= {name: x.new_empty(K, *s) for name, s in dict(z=(D, B), dz=(D, B), r=(N, B), g=(D, N), flat=(N, D)).items()}
+    z, dz, r, g, flat = work.values()
+    torch.baddbmm(sae.bias[..., None], W, u, out=z).relu_()
+    if N >= _WIDE and x.device.type == "cpu" and (some := z[..., :-(-B // 16)]).count_nonzero() <= _FEW * some.numel(): return _few_codes(W, x, z, l1, weight)
+    torch.baddbmm(u, W.mT, z, beta=-1, out=r)
+    loss = torch.linalg.vector_norm(r, dim=(1, 2)).square_().mul_(weight / B).addcmul_(z.sum((1, 2)), l1.view(-1), value=1 / B)
+    torch.baddbmm(l1 / B, W, r.mul_(2 * weight / B), out=dz)
+    torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)  # 0 where z is
+    if N > _NARROW: torch.bmm(dz, x, out=g).baddbmm_(z, r.mT)
+    else: g.copy_(torch.bmm(u, dz.mT, out=flat).baddbmm_(r, z.mT).mT)
+    return {"bias": dz.sum(-1), "weight": g}, loss
 
 # %% ../nbs/core/05_sae.ipynb #6c327895
 def _chunks(sae, x, elements=2**24):
@@ -255,8 +300,8 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     for part in _chunks(sae, x):
         x_hat, z = sae(xs := x[..., part, :])
         z = z.view(K, -1, sae.n_features)
-        sums += z.sum(1, dtype=torch.float64)
-        active += (z > 0).sum((1, 2))
+        sums += sum(some.double().sum(1) for some in z.split(1024, 1))  # float64 without a pass that converts one number at a time
+        active += (z > 0).to(z).sum(1).sum(1, dtype=torch.float64)
         error += ((x_hat - xs) / unit).square().view(K, -1).sum(1, dtype=torch.float64)
         for acc, codes in zip(accumulators, z):
             if codes.isfinite().all(): acc.update(codes, None if clusters is None else clusters[part])
@@ -273,13 +318,14 @@ class _Member:
     config: SAEConfig
     seed: int
 
-def _batches(n, size, g):
-    "Endless batches of indices: a fresh permutation every epoch, cut across epoch borders."
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < size: order = torch.cat([order, torch.randperm(n, generator=g)])
-        yield order[:size]
-        order = order[size:]
+class _Order:
+    "Endless indices: a fresh permutation every epoch, cut across epoch borders."
+    def __init__(self, n, g): self.n, self.generator, self.left = n, g, torch.empty(0, dtype=torch.long)
+    def __call__(self, count):
+        epochs = [torch.randperm(self.n, generator=self.generator) for _ in range(len(self.left), count, self.n)]
+        order = torch.cat([self.left, *epochs])
+        self.left = order[count:].clone()  # not a view, which would keep all of them
+        return order[:count]
 
 def _initial_rows(n_neurons, n_features, config, g):
     "Random rows of norm 1; Xavier-uniform ones where norms are free (the paper's)."
@@ -307,6 +353,27 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
+# %% ../nbs/core/05_sae.ipynb #c05e7a31
+class _Adam:
+    "Adam, called directly: what torch.optim does around it takes longer than the step of a small stack."
+    def __init__(self, params, beta2, steps=0, moments=None):
+        self.params, self.beta2 = {name: p.data for name, p in params.items()}, beta2
+        self.moments = moments or [[torch.zeros_like(p) for p in self.params.values()] for _ in range(2)]
+        self.steps = [torch.full((), float(steps), device=p.device) for p in self.params.values()]
+
+    def step(self, grads, lr):
+        "Move the parameters by their gradients, in place."
+        params, grads = list(self.params.values()), [grads[name].contiguous() for name in self.params]
+        torch._foreach_add_(self.steps, 1)
+        if params[0].device.type in ("cpu", "cuda"):
+            return torch._fused_adam_(params, grads, *self.moments, [], self.steps, lr=lr, beta1=.9, beta2=self.beta2, weight_decay=0.,
+                                      eps=1e-8, amsgrad=False, maximize=False)
+        t = self.steps[0].item()
+        for p, g, m, v in zip(params, grads, *self.moments):
+            m.lerp_(g, .1)
+            v.lerp_(g.square(), 1 - self.beta2)
+            p.addcdiv_(m, (v / (1 - self.beta2**t)).sqrt_().add_(1e-8), value=-lr / (1 - .9**t))
+
 # %% ../nbs/core/05_sae.ipynb #94462eb5
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
@@ -317,7 +384,7 @@ class _Trainer:
         generators = {s: torch.Generator().manual_seed(s) for s in seeds}
         rows = {s: _initial_rows(n, d, c, g) for s, g in generators.items()}
         self.size = min(c.batch_size, x.shape[1])
-        self.batches = {s: _batches(x.shape[1], self.size, g) for s, g in generators.items()}
+        self.orders = {s: _Order(x.shape[1], g) for s, g in generators.items()}
         kind = make_kind(c.kind, k=c.k, bandwidth=c.bandwidth, prefixes=c.prefixes if c.kind == "matryoshka" else None)
         with torch.random.fork_rng(devices=[]): self.sae = SparseAutoencoder(n, d, len(members), None if kind else c.k, c.tied, kind=kind).to(x)
         start = torch.stack([rows[m.seed] for m in members]).to(x)
@@ -327,38 +394,44 @@ class _Trainer:
         self._optimise()
 
     def _optimise(self, moments=None):
-        params = list(self.sae.parameters())
-        self.adam = torch.optim.Adam(params, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=self.x.device.type in ("cpu", "cuda"))
-        for p, m in zip(params, moments or []): self.adam.state[p] = m
+        self.adam = _Adam(dict(self.sae.named_parameters()), self.config.beta2, self.steps, moments)
+        self.work, self.rows = {}, torch.tensor([[m.data * self.x.shape[1]] for m in self.members])
 
     def keep(self, i):
         "Go on with the members at positions `i` only."
-        moments = [{k: v if v.ndim == 0 else v[i] for k, v in self.adam.state[p].items()} for p in self.sae.parameters()]
+        moments = [[t[i] for t in m] for m in self.adam.moments]
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
+    def draw(self, steps):
+        "What each member sees in the next steps, as rows of the data sets end to end: (steps, K * B)."
+        drawn = {s: order(steps * self.size) for s, order in self.orders.items()}
+        rows = torch.stack([drawn[m.seed] for m in self.members]) + self.rows
+        return rows.view(len(rows), steps, -1).transpose(0, 1).flatten(1).to(self.x.device)
+
 # %% ../nbs/core/05_sae.ipynb #284daa88
+_AHEAD = 2**20 # samples of a stack that are drawn at once
+
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
-    c, x, sae, n, total = t.config, t.x, t.sae, t.x.shape[-1], 0.
-    mean = c.reduction == "mean"
+    c, x, sae, n, total = t.config, t.x.flatten(0, 1), t.sae, t.x.shape[-1], 0.
+    mean, ahead = c.reduction == "mean", max(1, _AHEAD // (len(t.members) * t.size))
     l1 = torch.tensor([m.config.l1 / (sae.n_features if mean else 1) for m in t.members]).to(x).view(-1, 1, 1)
-    data = torch.tensor([m.data for m in t.members], device=x.device)[:, None]
-    directions = sae.weight if c.tied else sae.decoder  # the rows that are held at norm 1
-    parameters = dict(sae.named_parameters())
+    flat = x.new_empty(len(t.members) * t.size, n)
+    batch = flat.view(len(t.members), t.size, n)
+    name = "weight" if c.tied else "decoder"  # the rows that are held at norm 1
+    directions = t.adam.params[name]
     for step in range(steps):
-        drawn = {s: next(b) for s, b in t.batches.items()}
-        batch = x[data, torch.stack([drawn[m.seed] for m in t.members]).to(x.device)]
-        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1.)
+        if step % ahead == 0: rows = t.draw(min(ahead, steps - step))
+        torch.index_select(x, 0, rows[step % ahead], out=flat)
+        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1., t.work)
         total += loss
-        for name, p in parameters.items(): p.grad = grads[name]
         if c.unit_norm: # only the part of the step along the sphere
-            directions.grad -= (directions.grad * directions).sum(-1, keepdim=True) * directions
+            grads[name].addcmul_((grads[name] * directions).sum(-1, keepdim=True), directions, value=-1)
         t.steps += 1
         rate = c.lr * min(1., t.steps / max(1, c.warmup))
-        t.adam.param_groups[0]["lr"] = rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2
-        t.adam.step()
+        t.adam.step(grads, rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2)
         if c.unit_norm: directions.div_(directions.norm(dim=-1, keepdim=True))
         tick(len(t.members))
     return total / steps
