@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LLC', 'local_learning_coefficient']
 
-# %% ../nbs/core/08_llc.ipynb #fdf62246
+# %% ../nbs/core/08_llc.ipynb #0bd45b79
 import math
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
@@ -17,18 +18,12 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from .runs import progress_bar
 
-# %% ../nbs/core/08_llc.ipynb #666beb42
+# %% ../nbs/core/08_llc.ipynb #f68295a6
 @dataclass(frozen=True)
 class LLC:
     "Local learning coefficients: `table`, one row a checkpoint, and the loss of every draw."
     table: pd.DataFrame # checkpoint, llc, stderr (between chains; NaN for one), init_loss, draw_loss, warning
     trace: Tensor       # (K, chains, draws) float32, loss on the batch of each draw
-
-def _check_numbers(**numbers):
-    for name, (v, least, whole) in numbers.items():
-        ok = isinstance(v, int) if whole else isinstance(v, (int, float)) and math.isfinite(v)
-        if not ok or isinstance(v, bool) or v < least or (v == 0 and least == 0 and name in ("lr", "nbeta")):
-            raise ValueError(f"{name} must be {'an integer' if whole else 'a finite number'} {'above 0' if name in ('lr', 'nbeta') else f'of at least {least}'}, got {v!r}")
 
 def _stack(model, parameters):
     "Parameters {name: (K, ...)}, checked against the model's."
@@ -42,7 +37,7 @@ def _stack(model, parameters):
         if not parameters[n].isfinite().all(): raise ValueError(f"parameters[{n!r}] hold NaN or infinite values: leave out checkpoints that diverged")
     return {n: parameters[n].detach() for n in own}
 
-# %% ../nbs/core/08_llc.ipynb #7de17fb0
+# %% ../nbs/core/08_llc.ipynb #1c3bac32
 def _row_warning(llc, rise):
     "What is wrong with one checkpoint, in words, from the rise of the loss in (chains, draws)."
     if not math.isfinite(llc): return "diverged"
@@ -60,7 +55,7 @@ def _summarise(trace, init, nbeta):
     rows = zip(chains.mean(1).tolist(), stderr.tolist(), init.tolist(), trace.double().mean((1, 2)).tolist(), rise)
     return pd.DataFrame([dict(checkpoint=k, llc=v, stderr=s, init_loss=i, draw_loss=d, warning=_row_warning(v, r)) for k, (v, s, i, d, r) in enumerate(rows)])
 
-# %% ../nbs/core/08_llc.ipynb #69aa63fe
+# %% ../nbs/core/08_llc.ipynb #7c9436da
 def _flat(gradients, own_data):
     "The caller's gradients, which know one leading axis, on (checkpoints, chains)."
     def f(w, x, y):
@@ -91,7 +86,7 @@ def _sample(value_and_grad, start, data, c, tick):
         tick(len(losses))
     return torch.stack(trace, 2)
 
-# %% ../nbs/core/08_llc.ipynb #20cf9485
+# %% ../nbs/core/08_llc.ipynb #837efe61
 def _check_data(inputs, targets, own_data, checkpoints):
     "Number of samples; ValueError for data that do not fit each other or the checkpoints."
     lead = 2 if own_data else 1
@@ -103,9 +98,38 @@ def _check_data(inputs, targets, own_data, checkpoints):
     if own_data and len(inputs) != checkpoints: raise ValueError(f"own_data=True needs a data set for each of the {checkpoints} checkpoint(s), got {len(inputs)}")
     return inputs.shape[lead - 1]
 
-# %% ../nbs/core/08_llc.ipynb #4228d0d8
+# %% ../nbs/core/08_llc.ipynb #e614df51
+def _settings(samples, nbeta, **c):
+    "The sampler's settings, checked; nbeta None: S / ln S."
+    if nbeta is None and samples < 2: raise ValueError("inputs hold one sample: S / ln S has no value, pass nbeta")
+    c |= dict(nbeta=samples / math.log(samples) if nbeta is None else nbeta)
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    for name in ("lr", "nbeta"):
+        if not (number(c[name]) and c[name] > 0): raise ValueError(f"{name} must be a finite number above 0, got {c[name]!r}")
+    if not (number(c["localization"]) and c["localization"] >= 0): raise ValueError(f"localization must be a finite number of at least 0, got {c['localization']!r}")
+    for name, least in dict(chains=1, draws=1, burn_in=0, batch_size=1).items():
+        if not isinstance(c[name], int) or isinstance(c[name], bool) or c[name] < least: raise ValueError(f"{name} must be an integer of at least {least}, got {c[name]!r}")
+    return c
+
+# %% ../nbs/core/08_llc.ipynb #a036e453
 _GROUP = 2**18  # numbers (checkpoints x chains x parameters) that move together: more than the cache holds is slower
 
+def _traces(step, start, inputs, targets, own_data, c, tick):
+    "Losses (K, chains, draws) of all checkpoints, in groups."
+    size, K = max(1, _GROUP // (c["chains"] * sum(p[0].numel() for p in start.values()))), len(next(iter(start.values())))
+    data = lambda part: [t[part] if own_data else t for t in (inputs, targets)]
+    parts = (slice(k, k + size) for k in range(0, K, size))
+    return torch.cat([_sample(step, {n: p[part] for n, p in start.items()}, (*data(part), not own_data), c, tick) for part in parts]).float().cpu()
+
+@contextmanager
+def _evaluating(model):
+    "The network in eval mode, its modules' modes put back after."
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m, mode in modes: m.training = mode
+
+# %% ../nbs/core/08_llc.ipynb #8505b3a2
 @torch.no_grad()
 def local_learning_coefficient(
     model:nn.Module,                 # any network, run in eval mode; left as it is
@@ -129,24 +153,11 @@ def local_learning_coefficient(
     Raises ValueError for data or parameters that do not fit. A chain that diverges gives NaN and a warning in the table."""
     start = _stack(model, parameters)
     K, S = len(next(iter(start.values()))), _check_data(inputs, targets, own_data, len(next(iter(start.values()))))
-    if nbeta is None and S < 2: raise ValueError("inputs hold one sample: S / ln S has no value, pass nbeta")
-    nbeta = S / math.log(S) if nbeta is None else nbeta
-    _check_numbers(lr=(lr, 0, False), nbeta=(nbeta, 0, False), localization=(localization, 0, False), chains=(chains, 1, True),
-                   draws=(draws, 1, True), burn_in=(burn_in, 0, True), batch_size=(batch_size, 1, True))
-    c = dict(nbeta=nbeta, lr=lr, localization=localization, chains=chains, draws=draws, burn_in=burn_in, batch_size=batch_size, seed=seed)
+    c = _settings(S, nbeta, lr=lr, localization=localization, chains=chains, draws=draws, burn_in=burn_in, batch_size=batch_size) | dict(seed=seed)
     data = 0 if own_data else None
     one = lambda w, x, y: loss(functional_call(model, w, (x,)), y)
     step = _flat(gradients, own_data) if gradients else vmap(vmap(grad_and_value(one)), (0, data, data))
-    size = max(1, _GROUP // (chains * sum(p[0].numel() for p in start.values())))
-    modes, traces, init = [(m, m.training) for m in model.modules()], [], []
-    with progress_bar(desc=f"local learning coefficient of {K} checkpoint(s)", show=progress, total=K * (burn_in + draws), unit="step") as bar:
-        try:
-            model.eval()
-            for k in range(K): init.append(one({n: p[k] for n, p in start.items()}, *((t[k] if own_data else t) for t in (inputs, targets))))
-            for part in (slice(k, k + size) for k in range(0, K, size)):
-                data = [t[part] if own_data else t for t in (inputs, targets)]
-                traces.append(_sample(step, {n: p[part] for n, p in start.items()}, (*data, not own_data), c, bar.update))
-        finally:
-            for m, mode in modes: m.training = mode
-    trace = torch.cat(traces).float().cpu()
-    return LLC(_summarise(trace, torch.stack(init).double().cpu(), nbeta), trace)
+    with progress_bar(desc=f"local learning coefficient of {K} checkpoint(s)", show=progress, total=K * (burn_in + draws), unit="step") as bar, _evaluating(model):
+        init = [one({n: p[k] for n, p in start.items()}, *((t[k] if own_data else t) for t in (inputs, targets))) for k in range(K)]
+        trace = _traces(step, start, inputs, targets, own_data, c, bar.update)
+    return LLC(_summarise(trace, torch.stack(init).double().cpu(), c["nbeta"]), trace)
