@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLC', 'local_learning_coefficient']
 
-# %% ../nbs/core/08_llc.ipynb #0bd45b79
+# %% ../nbs/core/08_llc.ipynb #fd654484
 import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from .runs import progress_bar
 
-# %% ../nbs/core/08_llc.ipynb #f68295a6
+# %% ../nbs/core/08_llc.ipynb #9a997ff2
 @dataclass(frozen=True)
 class LLC:
     "Local learning coefficients: `table`, one row a checkpoint, and the loss of every draw."
@@ -37,7 +37,7 @@ def _stack(model, parameters):
         if not parameters[n].isfinite().all(): raise ValueError(f"parameters[{n!r}] hold NaN or infinite values: leave out checkpoints that diverged")
     return {n: parameters[n].detach() for n in own}
 
-# %% ../nbs/core/08_llc.ipynb #1c3bac32
+# %% ../nbs/core/08_llc.ipynb #6dc1a2f0
 def _row_warning(llc, rise):
     "What is wrong with one checkpoint, in words, from the rise of the loss in (chains, draws)."
     if not math.isfinite(llc): return "diverged"
@@ -55,7 +55,7 @@ def _summarise(trace, init, nbeta):
     rows = zip(chains.mean(1).tolist(), stderr.tolist(), init.tolist(), trace.double().mean((1, 2)).tolist(), rise)
     return pd.DataFrame([dict(checkpoint=k, llc=v, stderr=s, init_loss=i, draw_loss=d, warning=_row_warning(v, r)) for k, (v, s, i, d, r) in enumerate(rows)])
 
-# %% ../nbs/core/08_llc.ipynb #7c9436da
+# %% ../nbs/core/08_llc.ipynb #3fdc9390
 def _flat(gradients, own_data):
     "The caller's gradients, which know one leading axis, on (checkpoints, chains)."
     def f(w, x, y):
@@ -86,7 +86,7 @@ def _sample(value_and_grad, start, data, c, tick):
         tick(len(losses))
     return torch.stack(trace, 2)
 
-# %% ../nbs/core/08_llc.ipynb #837efe61
+# %% ../nbs/core/08_llc.ipynb #1682ed00
 def _check_data(inputs, targets, own_data, checkpoints):
     "Number of samples; ValueError for data that do not fit each other or the checkpoints."
     lead = 2 if own_data else 1
@@ -98,7 +98,7 @@ def _check_data(inputs, targets, own_data, checkpoints):
     if own_data and len(inputs) != checkpoints: raise ValueError(f"own_data=True needs a data set for each of the {checkpoints} checkpoint(s), got {len(inputs)}")
     return inputs.shape[lead - 1]
 
-# %% ../nbs/core/08_llc.ipynb #e614df51
+# %% ../nbs/core/08_llc.ipynb #79013ced
 def _settings(samples, nbeta, **c):
     "The sampler's settings, checked; nbeta None: S / ln S."
     if nbeta is None and samples < 2: raise ValueError("inputs hold one sample: S / ln S has no value, pass nbeta")
@@ -111,7 +111,7 @@ def _settings(samples, nbeta, **c):
         if not isinstance(c[name], int) or isinstance(c[name], bool) or c[name] < least: raise ValueError(f"{name} must be an integer of at least {least}, got {c[name]!r}")
     return c
 
-# %% ../nbs/core/08_llc.ipynb #a036e453
+# %% ../nbs/core/08_llc.ipynb #8bf5064d
 _GROUP = 2**18  # numbers (checkpoints x chains x parameters) that move together: more than the cache holds is slower
 
 def _traces(step, start, inputs, targets, own_data, c, tick):
@@ -129,7 +129,7 @@ def _evaluating(model):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/core/08_llc.ipynb #8505b3a2
+# %% ../nbs/core/08_llc.ipynb #91d6e6ed
 @torch.no_grad()
 def local_learning_coefficient(
     model:nn.Module,                 # any network, run in eval mode; left as it is
