@@ -13,9 +13,8 @@ from torch import nn
 from superposition_lc.activations import capture
 from superposition_lc.cli import reproduce
 from superposition_lc.entropy import hill_number
-from superposition_lc.experiments import grokking as module
 from superposition_lc.experiments.grokking import (
-    DROP, PUBLISHED, SCALES, SIZE_ALONE, GrokkingConfig, TwoPathMLP, correlation_summary, correlations, evaluate, figure_6b, figure_scale,
+    DROP, PUBLISHED, SCALES, GrokkingConfig, TwoPathMLP, correlation_summary, correlations, evaluate, figure_6b, figure_scale,
     grokking_gradients, pairs, phases, reading, report, run, summary, train_networks)
 from superposition_lc.sae import train_sae
 
@@ -129,7 +128,7 @@ def test_evaluation_is_that_of_the_network(trained):
 
 
 def test_table(table):
-    assert len(table) == 2 * 4 * 3 and list(table.estimator.unique()) == ["raw", "scaled", SIZE_ALONE]
+    assert len(table) == 2 * 4 * 2 and list(table.estimator.unique()) == ["raw", "scaled"]
     assert not table.duplicated(["seed", "step", "estimator"]).any() and table.drop(columns=["llc_stderr"]).notna().all().all()
     shared = ["train_accuracy", "llc", "variance", "pca_features"]
     for _, t in table.groupby(["seed", "step"]):
@@ -146,19 +145,6 @@ def test_features_are_those_of_an_autoencoder_of_its_own(trained, table):
     assert rows.effective_features["raw"] == pytest.approx(train_sae(h[2], raw, [0], progress=False).table.effective_features[0], rel=1e-3)
     assert rows.effective_features["scaled"] == pytest.approx(train_sae(10 * h[2], scaled, [0], progress=False).table.effective_features[0], rel=1e-3)
     assert train_sae(10 * h[2], raw, [0], progress=False).table.effective_features[0] != pytest.approx(rows.effective_features["raw"], rel=1e-3)
-
-
-def test_size_alone_is_one_checkpoint_at_every_size(trained):
-    x, y = pairs(TINY.p)
-    t, h = evaluate({n: p[0] for n, p in trained.parameters.items()}, x, y, trained.train[0])
-    t = t.assign(train_accuracy=[.5, 1., 1., 1.])
-    alone = module._at_size(h, t)
-    assert torch.allclose(alone[1], h[1])
-    for k in range(4):
-        assert alone[k].var(0).mean().item() == pytest.approx(t.variance[k], rel=1e-4)
-        assert torch.allclose(alone[k] / alone[k].norm(), h[1] / h[1].norm(), atol=1e-5)
-    never = module._at_size(h, t.assign(train_accuracy=.5))
-    assert torch.allclose(never[3], h[3])
 
 
 # --- phases and correlations on tables made up so that the answer is known
@@ -216,7 +202,7 @@ def test_figures_show_the_networks_and_the_transition(table):
     levels = sorted(line.get_ydata()[0] for line in middle.lines if line.get_linestyle() == "--")
     assert levels == [155, PUBLISHED["memorising"]] and "seed 1" in left.get_legend().texts[0].get_text()
     assert not [p for p in figure_6b(t, seed=0).axes[1].patches if p.get_alpha() == .2]
-    assert [a.get_title("left") for a in figure_scale(table).axes] == ["hidden variance", "F, raw", "F, scaled", f"F, {SIZE_ALONE}", "PCA features"]
+    assert [a.get_title("left") for a in figure_scale(table).axes] == ["hidden variance", "F, raw", "F, scaled", "PCA features"]
     dots = [line for line in figure_scale(t).axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [list(d.get_xdata()) for d in dots] == [[900]]
 
