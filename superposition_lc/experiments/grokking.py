@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'MEMORISED', 'ONSET', 'GENERALISED', 'PUBLISHED', 'DROP', '
            'grokking_gradients', 'GrokkingConfig', 'Trained', 'train_networks', 'evaluate', 'run', 'phases',
            'correlations', 'figure_6b', 'figure_scale', 'summary', 'correlation_summary', 'reading', 'report']
 
-# %% ../../nbs/experiments/14_grokking.ipynb #440c2a0d
+# %% ../../nbs/experiments/14_grokking.ipynb #4fc1097a
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..plotting import COLOURS, figure
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 
-# %% ../../nbs/experiments/14_grokking.ipynb #b3e23c95
+# %% ../../nbs/experiments/14_grokking.ipynb #bdccce7e
 class TwoPathMLP(nn.Module):
     "Adds two numbers modulo p: one embedding, a linear map for each operand, GELU, a linear readout (Section 6.3)."
     def __init__(self, p=53, embed=12, width=48):
@@ -41,7 +41,7 @@ def pairs(p:int=53)->tuple: # ((p^2, 2) int64 pairs, (p^2,) their sums modulo p)
     x = torch.cartesian_prod(torch.arange(p), torch.arange(p))
     return x, x.sum(1) % p
 
-# %% ../../nbs/experiments/14_grokking.ipynb #ba38b482
+# %% ../../nbs/experiments/14_grokking.ipynb #23a9adc1
 def _hidden(w, x):
     "Pre-activations (K, B, width) of stacked parameters on pairs (K, B, 2), and the two tables (K, p, width) that they are looked up in."
     tables = [w["embedding.weight"] @ w[f"{side}.weight"].mT for side in ("left", "right")]
@@ -72,7 +72,7 @@ def grokking_gradients(w:dict,   # {name: (K, ...)} parameters of K `TwoPathMLP`
         g["embedding.weight"] = torch.bmm(t, w[f"{side}.weight"]) + g.get("embedding.weight", 0)
     return g, loss
 
-# %% ../../nbs/experiments/14_grokking.ipynb #645e605c
+# %% ../../nbs/experiments/14_grokking.ipynb #4f4051e9
 def _estimators(epochs=100):
     raw = SAEConfig.released(epochs=epochs, batch_size=64)
     return (("raw", raw), ("scaled", replace(raw, scale="energy")))
@@ -110,13 +110,13 @@ class GrokkingConfig:
         names = [name for name, _ in self.estimators]
         if not names or len(set(names)) < len(names): raise ValueError(f"estimators must have different names, at least one, got {names}")
 
-# %% ../../nbs/experiments/14_grokking.ipynb #35b53de5
+# %% ../../nbs/experiments/14_grokking.ipynb #3b2d111a
 SCALES = dict(
     smoke=GrokkingConfig(p=13, steps=600, checkpoints=6, weight_decay=1e-3, estimators=_estimators(5), llc_draws=30, n_seeds=2),
     laptop=GrokkingConfig(steps=20_000, checkpoints=25, weight_decay=1e-3, n_seeds=3),
     paper=GrokkingConfig())
 
-# %% ../../nbs/experiments/14_grokking.ipynb #e722fc86
+# %% ../../nbs/experiments/14_grokking.ipynb #482bc3e2
 @dataclass(frozen=True)
 class Trained:
     "Recorded networks: parameters at every checkpoint, and the pairs that each seed trained on."
@@ -148,7 +148,7 @@ def train_networks(config:GrokkingConfig, progress:bool=True)->Trained:
             for k, p in w.items(): kept[k].append(p.clone())
     return Trained({k: torch.stack(v, 1) for k, v in kept.items()}, at, train)
 
-# %% ../../nbs/experiments/14_grokking.ipynb #abd5d443
+# %% ../../nbs/experiments/14_grokking.ipynb #0a5e0806
 MEMORISED, ONSET, GENERALISED = .99, .5, .9 # of the training pairs; of the test pairs, where the transition starts and where it is over
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def evaluate(parameters:dict,  # {name: (T, ...)} checkpoints of one network
                  variance=spectrum.mean(-1), pca_features=torch.tensor([hill_number(s) for s in shares]), participation=torch.tensor([hill_number(s, 2) for s in shares]))
     return pd.DataFrame({k: v.tolist() for k, v in table.items()}), h
 
-# %% ../../nbs/experiments/14_grokking.ipynb #63587480
+# %% ../../nbs/experiments/14_grokking.ipynb #370b9858
 def _features(h, name, config, seed, progress):
     "Rows of one network and estimator: autoencoders of all its checkpoints, one stack, each from scratch."
     t = train_sae(h, config, [seed], progress).table
@@ -198,7 +198,7 @@ def _coefficients(trained, x, y, c, progress):
                                    batch_size=c.batch_size, own_data=True, gradients=grokking_gradients, seed=c.seed, progress=progress).table
     return t.rename(columns=dict(stderr="llc_stderr"))[["llc", "llc_stderr", "draw_loss"]]
 
-# %% ../../nbs/experiments/14_grokking.ipynb #10e08af8
+# %% ../../nbs/experiments/14_grokking.ipynb #4af374b7
 PUBLISHED = dict(memorising=176., after=(150., 160.), llc_peak=48., llc_end=22., r=.908) # Fig. 6b, raw activations
 DROP = .92   # F after / F while memorising below this counts as a drop
 
@@ -217,7 +217,7 @@ def phases(table:pd.DataFrame, # of `run`
                          f_memorising=before, f_after=then, ratio=then / before, llc_peak=t.llc.max(), llc_end=t.llc.iloc[-1]))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/14_grokking.ipynb #9a0888cc
+# %% ../../nbs/experiments/14_grokking.ipynb #425f8257
 QUANTITIES = dict(variance="variance", pca_features="PCA, order 1", participation="PCA, order 2") # controls
 
 def correlations(table:pd.DataFrame, # of `run`
@@ -235,7 +235,7 @@ def correlations(table:pd.DataFrame, # of `run`
                 rows.append(dict(seed=seed, generalises=not math.isnan(done), quantity=f"F, {estimator}" if quantity == "effective_features" else QUANTITIES[quantity], part=part, r=r, n=n))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/14_grokking.ipynb #c1b3420a
+# %% ../../nbs/experiments/14_grokking.ipynb #bfb0a0f4
 def _check_seed(table, seed, estimator):
     "The rows of one estimator, and the seed to show: the given one, the first that generalises, or the first."
     if estimator not in set(table.estimator): raise ValueError(f"estimator must be one of {list(table.estimator.unique())}, got {estimator!r}")
@@ -275,7 +275,7 @@ def figure_6b(table:pd.DataFrame,     # of `run`
     middle.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/14_grokking.ipynb #93006402
+# %% ../../nbs/experiments/14_grokking.ipynb #7f99e6d7
 def figure_scale(table:pd.DataFrame): # of `run`
     "Variance, F by each estimator, and a control without autoencoder, for every network. Returns the figure."
     first = table.estimator.iloc[0]
@@ -294,7 +294,7 @@ def figure_scale(table:pd.DataFrame): # of `run`
     ax[0].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/14_grokking.ipynb #e22a6b63
+# %% ../../nbs/experiments/14_grokking.ipynb #2371efb5
 def summary(table:pd.DataFrame, # of `run`
            )->pd.DataFrame:     # one row an estimator and kind of network: seeds, medians of F and ratio, seeds with a drop
     "`phases` over networks that generalise, and over those that do not."
@@ -312,7 +312,7 @@ def correlation_summary(table:pd.DataFrame, # of `run`
     t = r.pivot_table(index=["quantity", "generalises"], columns="part", values="r", sort=False)
     return t.reindex(columns=["all", "without_first", "memorising", "after"]).reset_index().rename_axis(columns=None)
 
-# %% ../../nbs/experiments/14_grokking.ipynb #967e97a8
+# %% ../../nbs/experiments/14_grokking.ipynb #afb39df9
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says: who generalised, F before and after by estimator, the coefficient, and what correlates with it."
     p = phases(table)
