@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .data import load_dataset
-from .experiments import toy_models
+from .experiments import parity, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -97,6 +97,7 @@ def _load_weights(net, path):
 # %% ../nbs/core/09_cli.ipynb #35cf38d2
 EXPERIMENTS = dict(
     toy_models=toy_models,
+    parity=parity,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
