@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from superposition_lc import MergedFeatures, merge_split_features
+from superposition_lc import MergedFeatures, merge_split_features, recurring_features
 from superposition_lc.data import planted_activations
 from superposition_lc.entropy import effective_features, feature_shares
 from superposition_lc.merging import split_distance
@@ -115,3 +115,30 @@ def test_bad_input_is_refused(args, says):
 def test_it_says_what_it_did():
     z = split_proportional(planted().features, 2)
     assert isinstance(m := merge_split_features(z), MergedFeatures) and "48 rows that fire -> 24 features" in repr(m)
+
+
+# --- found again
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_features_are_found_again_whatever_their_order_scale_and_company(rows):
+    p = planted(cooccurrence=.8, group=2)
+    g = torch.Generator().manual_seed(3)
+    order, n = torch.randperm(24, generator=g)[:10], 3000
+    other = torch.cat([5 * p.features[:, order], torch.rand(n, 7, generator=g)], 1)
+    V = (p.directions, torch.cat([3 * p.directions[order], torch.randn(7, 24, generator=g)])) if rows else ()
+    assert recurring_features(p.features, other, *V).nonzero().flatten().tolist() == sorted(order.tolist())
+
+
+def test_nothing_is_found_in_another_layer_or_in_silence():
+    a, b = (planted(seed=s).features for s in (0, 1))
+    assert not recurring_features(a, b).any() and recurring_features(a, a).all() and not recurring_features(a, 0 * a).any()
+    w = torch.ones(24, 4)
+    assert not recurring_features(a, 0 * a, w, w).any()  # silent rows do not match by direction
+
+
+@pytest.mark.parametrize("args, says", [
+    ((torch.rand(5, 3), torch.rand(4, 3)), "same samples"), ((torch.rand(5, 3), torch.rand(5)), "same samples"), ((torch.rand(5, 3), torch.rand(5, 2), torch.rand(3, 2)), "both dictionaries"),
+    ((torch.rand(5, 3), torch.full((5, 2), torch.nan)), "NaN"), ((torch.rand(5, 3), torch.rand(5, 2), None, None, 2.), "threshold")])
+def test_bad_pairs_are_refused(args, says):
+    with pytest.raises(ValueError, match=says):
+        recurring_features(*args)

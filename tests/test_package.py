@@ -23,7 +23,7 @@ FLOORS = {
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 PUBLIC = """feature_shares hill_number effective_features ShareAccumulator SAEConfig SparseAutoencoder train_sae
-            capture load_sae export_sae measure measure_activations Measurement rate_distortion merge_split_features""".split()
+            capture load_sae export_sae measure measure_activations Measurement rate_distortion merge_split_features recurring_features""".split()
 HEAVY = "sklearn torchattacks statsmodels IPython scipy.stats seaborn matplotlib.pyplot nbdev fastcore joblib huggingface_hub transformers".split()
 MODULES = {p.relative_to(LIB).with_suffix("").as_posix().replace("/", "."): p for p in LIB.rglob("*.py") if not p.name.startswith("_")}
 

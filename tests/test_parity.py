@@ -183,12 +183,18 @@ def test_merged_counts_stand_at_the_full_budget_only(table):
     assert (table.merged[full] <= table.effective_features[full] * (1 + 1e-6)).all() and (table.merged_rows[full] <= table.merged[full] * (1 + 1e-6)).all()
 
 
+def test_recurring_shares_stand_beside_every_dictionary_but_the_smallest(table):
+    t = table[(table.figure == "scaling") & (table.budget == "full")]
+    first = t.n_features == t.n_features.min()
+    assert t.recurring[first].isna().all() and t.recurring[~first].between(0, 1).all() and table.recurring[table.figure == "dropout"].isna().all()
+
+
 def test_nothing_fires_is_a_value_with_a_name():
     "A penalty that kills every code: F is 0, the row says so, and growth, figure and reading go on."
     config = replace(TINY, estimators=(("released", SAEConfig.released(epochs=60, lr=.1), (.1, 1e4)),), widths=(), short=30)
     t = scaling(config, progress=False)
     dead = t[(t.l1 == 1e4) & (t.budget == "full")]
-    assert (dead.effective_features == 0).all() and (dead.warning == "nothing fires").all() and (dead.merged == 0).all()
+    assert (dead.effective_features == 0).all() and (dead.warning == "nothing fires").all() and (dead.merged == 0).all() and (dead.recurring.dropna() == 0).all()
     g = growth(t).set_index(["l1", "budget"])
     assert g.silent[1e4, "full"] == 4 and math.isnan(g.exponent[1e4, "full"]) and g.silent[.1, "full"] == 0
     assert "nothing fires in 4 of 4 rows" in reading(t)

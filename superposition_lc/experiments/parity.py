@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'PUBLISHED_SCALING', 'PUBLISHED_DROPOUT', 'parity_inputs', 
            'ParityNets', 'train_parity', 'ParityConfig', 'scaling', 'dropout', 'run', 'growth', 'slopes', 'lowered',
            'plot_scaling', 'plot_dropout', 'figure_4a', 'figure_4bc', 'reading', 'report']
 
-# %% ../../nbs/experiments/11_parity.ipynb #99b468b6
+# %% ../../nbs/experiments/11_parity.ipynb #2f21ce58
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +18,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..entropy import feature_shares
 from ..measurement import row_warning
-from ..merging import merge_split_features
+from ..merging import merge_split_features, recurring_features
 from ..plotting import COLOURS, axes, figure
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 
-# %% ../../nbs/experiments/11_parity.ipynb #2a9f9c8f
+# %% ../../nbs/experiments/11_parity.ipynb #6941f7f4
 def parity_inputs(n_tasks:int=3, # tasks, one control bit each
                   bits:int=4,    # data bits of each task
                  )->tuple:       # inputs (S, n_tasks + n_tasks*bits) float32 of 0 and 1, labels (S,) float32, task (S,) int64
@@ -53,7 +54,7 @@ def stratified_split(labels:Tensor,   # (S,) label of each input
     train[order] = rank >= (size * test).round()[stratum[order]]
     return train
 
-# %% ../../nbs/experiments/11_parity.ipynb #f2a4b287
+# %% ../../nbs/experiments/11_parity.ipynb #1927ab6b
 def parity_gradients(W:Tensor,    # (K, h, n + 1) first layer; the last column is the bias
                      w2:Tensor,   # (K, h) second layer
                      b2:Tensor,   # (K,) its bias
@@ -67,7 +68,7 @@ def parity_gradients(W:Tensor,    # (K, h, n + 1) first layer; the last column i
     back = torch.ops.aten.threshold_backward(mask.mul_(d[..., None]).mul_(w2[:, None]), hidden, 0)
     return torch.bmm(back.mT, x), torch.bmm(d[:, None], hidden)[:, 0], d.sum(1)
 
-# %% ../../nbs/experiments/11_parity.ipynb #98f1f557
+# %% ../../nbs/experiments/11_parity.ipynb #abdf201d
 @dataclass(frozen=True, eq=False)
 class ParityNets:
     "A stack of K trained networks: one for each seed and dropout rate, rates within seeds."
@@ -92,7 +93,7 @@ def _init(width, n, g):
     uniform = lambda size, fan: torch.rand(size, generator=g).mul_(2).sub_(1) / math.sqrt(fan)
     return uniform((width, n + 1), n), uniform((width,), width), uniform((), width)
 
-# %% ../../nbs/experiments/11_parity.ipynb #78935376
+# %% ../../nbs/experiments/11_parity.ipynb #fef7e5e1
 @torch.no_grad()
 def train_parity(x:Tensor,                # (S, n) inputs
                  y:Tensor,                # (S,) labels 0 or 1
@@ -122,7 +123,7 @@ def train_parity(x:Tensor,                # (S, n) inputs
             adam.step()
     return ParityNets(W, w2, b2, tuple(rates) * len(seeds), tuple(s for s in seeds for _ in rates))
 
-# %% ../../nbs/experiments/11_parity.ipynb #4c3b6735
+# %% ../../nbs/experiments/11_parity.ipynb #0b7088c2
 _L1S = (.01, .1, 1., 10.)
 
 def _estimators(epochs=300, **changes):
@@ -130,7 +131,7 @@ def _estimators(epochs=300, **changes):
     return (("released", SAEConfig.released(epochs=epochs), _L1S), ("ours", SAEConfig(kind="relu", **changes), _L1S),
             ("default", SAEConfig(**changes), (SAEConfig().l1,)))
 
-# %% ../../nbs/experiments/11_parity.ipynb #5b0e9a72
+# %% ../../nbs/experiments/11_parity.ipynb #304f2f83
 @dataclass(frozen=True)
 class ParityConfig:
     "Sparse parity: task, networks, dictionary scaling (Fig. 4a) and dropout (Figs. 4b, 4c). The default is the published setting."
@@ -162,42 +163,50 @@ class ParityConfig:
         if self.scaling_seeds and (not self.estimators or min(self.expansions, default=0) <= 0): raise ValueError("estimators and expansions must not be empty, expansions above 0")
         if self.widths and 0. not in self.rates: raise ValueError(f"rates must hold 0, which the others are compared with, got {self.rates}")
 
-# %% ../../nbs/experiments/11_parity.ipynb #052e8c9f
+# %% ../../nbs/experiments/11_parity.ipynb #9e192c8a
 SCALES = dict(
     smoke=ParityConfig(epochs=5, batch_size=256, lr=3e-3, n_samples=256, expansions=(.5, 2), estimators=_estimators(10, steps=20, max_rounds=2, refine_steps=12), scaling_seeds=1,
                        widths=(16, 32), rates=(0., .5), dropout_seeds=2, dropout_estimator=SAEConfig.released(epochs=10), short=5),
     laptop=ParityConfig(epochs=100, batch_size=256, lr=3e-3, estimators=_estimators(max_rounds=2), scaling_seeds=3, rates=(0., .1, .3, .5, .9)),
     paper=ParityConfig())
 
-# %% ../../nbs/experiments/11_parity.ipynb #ecf8902a
+# %% ../../nbs/experiments/11_parity.ipynb #7267454b
 _QUALITY = ("effective_features", "l0", "fvu", "dead_fraction")
 
 def _at(history, steps):
     "Each member's row of the history at `steps`, or its last one before."
     return history[history.step <= steps].groupby(["data", "l1", "seed"], sort=False).last()
 
-def _merged(sae, x):
+def _merged(z, V):
     "F after merging, by codes alone and with rows: 0 where nothing fires, NaN where it diverged."
-    z, V = sae.encode(x).detach(), sae.weight.detach()
     if not z.isfinite().all(): return dict(merged=math.nan, merged_rows=math.nan)
     if not z.any(): return dict(merged=0., merged_rows=0.)
     return {name: merge_split_features(z, rows).effective_features for name, rows in dict(merged=None, merged_rows=V).items()}
 
-def _measure(x, config, l1s, seed, short, progress):
-    "Dicts for x (K, S, N): each member at both budgets."
-    configs = [replace(config, l1=float(l)) for l in l1s]
-    t = train_sae(x, configs, [seed], progress)
+def _recurring(z, V, smaller):
+    "Share of the budget in features that the smaller dictionary has too; NaN where there is none, or one of the two diverged."
+    if smaller is None or not (z.isfinite().all() and smaller[0].isfinite().all()): return math.nan
+    return feature_shares(z)[recurring_features(z, smaller[0], V, smaller[1])].sum().item() if z.any() else 0.
+
+# %% ../../nbs/experiments/11_parity.ipynb #db3a97d3
+def _measure(x, config, l1s, seed, short, progress, smaller=None):
+    "Rows for x (K, S, N), each member at both budgets, and the members' codes and dictionaries."
+    t = train_sae(x, [replace(config, l1=float(l)) for l in l1s], [seed], progress)
     first = short * math.ceil(x.shape[1] / config.batch_size) if config.epochs else config.steps
     early, n, d = _at(t.history, first), x.shape[-1], config.n_features(x.shape[-1])
+    rows, codes = [], []
     for i, r in enumerate(t.table.to_dict("records")):
-        e = early.loc[(r["data"], r["l1"], r["seed"])]
-        last = dict(n_steps=r["n_steps"], **{k: r[k] for k in _QUALITY}, converged=r["converged"], **_merged(t.sae[i], x[r["data"]]))
-        both = dict(short=dict(n_steps=int(e.step), **{k: e[k] for k in _QUALITY}, converged=False, merged=math.nan, merged_rows=math.nan), full=last)
-        for budget, q in both.items():
+        e, V = early.loc[(r["data"], r["l1"], r["seed"])], t.sae.weight[i].detach()
+        codes.append((t.sae[i].encode(x[r["data"]]).detach(), V))
+        last = dict(n_steps=r["n_steps"], **{k: r[k] for k in _QUALITY}, converged=r["converged"], **_merged(*codes[i]),
+                    recurring=_recurring(*codes[i], smaller and smaller[i]))
+        early_on = dict(n_steps=int(e.step), **{k: e[k] for k in _QUALITY}, converged=False, merged=math.nan, merged_rows=math.nan, recurring=math.nan)
+        for budget, q in dict(short=early_on, full=last).items():
             warning = row_warning(q | dict(n_neurons=n, n_features=d, low=0.))
-            yield dict(data=r["data"], n_features=d, l1=r["l1"], budget=budget, **q, warning=warning)
+            rows.append(dict(data=r["data"], n_features=d, l1=r["l1"], budget=budget, **q, warning=warning))
+    return rows, codes
 
-# %% ../../nbs/experiments/11_parity.ipynb #bacbd58b
+# %% ../../nbs/experiments/11_parity.ipynb #d43cb43a
 def _sampled(config, width, rates, n_seeds, progress):
     "Trained networks, their (K, S, h) activations on random inputs, and their test accuracy."
     x, y, task = parity_inputs(config.n_tasks, config.bits)
@@ -211,9 +220,10 @@ def scaling(config:ParityConfig, progress:bool=True)->pd.DataFrame: # a row a se
     rows = []
     nets, x, accuracy = _sampled(config, config.width, (0.,), config.scaling_seeds, progress)
     for name, c, l1s in config.estimators:
-        for e in config.expansions:
-            rows += [dict(figure="scaling", estimator=name, seed=nets.seeds[r["data"]], width=config.width, rate=0., accuracy=accuracy[r["data"]], expansion=float(e)) | r
-                     for r in _measure(x, replace(c, expansion=float(e)), l1s, config.seed, config.short, progress)]
+        codes = None
+        for e in sorted(map(float, config.expansions)):
+            found, codes = _measure(x, replace(c, expansion=e), l1s, config.seed, config.short, progress, codes)
+            rows += [dict(figure="scaling", estimator=name, seed=nets.seeds[k := r["data"]], width=config.width, rate=0., accuracy=accuracy[k], expansion=e) | r for r in found]
     return pd.DataFrame(rows).drop(columns="data")
 
 def dropout(config:ParityConfig, progress:bool=True)->pd.DataFrame: # a row a width, seed, rate and budget
@@ -222,7 +232,7 @@ def dropout(config:ParityConfig, progress:bool=True)->pd.DataFrame: # a row a wi
     for width in config.widths:
         nets, x, accuracy = _sampled(config, width, config.rates, config.dropout_seeds, progress)
         rows += [dict(figure="dropout", estimator="released" if c.reduction == "mean" else "ours", seed=nets.seeds[k := r["data"]], width=width, rate=nets.rates[k],
-                      accuracy=accuracy[k], expansion=c.expansion) | r for r in _measure(x, c, [c.l1], config.seed, config.short, progress)]
+                      accuracy=accuracy[k], expansion=c.expansion) | r for r in _measure(x, c, [c.l1], config.seed, config.short, progress)[0]]
     return pd.DataFrame(rows).drop(columns="data")
 
 def run(config:ParityConfig=SCALES["laptop"], progress:bool=True)->pd.DataFrame: # `figure` is "scaling" or "dropout"
@@ -230,11 +240,11 @@ def run(config:ParityConfig=SCALES["laptop"], progress:bool=True)->pd.DataFrame:
     parts = ([scaling(config, progress)] if config.scaling_seeds else []) + ([dropout(config, progress)] if config.widths else [])
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/experiments/11_parity.ipynb #14c0428b
+# %% ../../nbs/experiments/11_parity.ipynb #4f27cf23
 PUBLISHED_SCALING = {.01: ((32, 2**4.8), (1024, 2**9.4)), .1: ((32, 2**4.4), (1024, 2**5.9)), 1.: ((32, 2**4.2), (1024, 2**5.)), 10.: ((128, 2**2.6), (1024, 2**4.8))}
 PUBLISHED_DROPOUT = {16: ((35, 16), (.90, .66)), 32: ((52, 21), (1., .78)), 64: ((47, 29), (1., .85)), 128: ((50, 40), (1., .95))}  # (F, accuracy) at rates 0 and 0.9
 
-# %% ../../nbs/experiments/11_parity.ipynb #4014c840
+# %% ../../nbs/experiments/11_parity.ipynb #1e19700a
 def _slope(x, y):
     "Least-squares slope; NaN for fewer than two different x."
     x, y = x - x.mean(), y - y.mean()
@@ -264,7 +274,7 @@ def growth(table:pd.DataFrame,                  # of `run` or `scaling`
         rows.append(dict(estimator=estimator, l1=l1, budget=budget, exponent=mean, low=low, high=high, F_smallest=F.iloc[0], F_largest=F.iloc[-1], silent=len(part) - len(fires), rows=len(part), published=published))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/11_parity.ipynb #32be28f0
+# %% ../../nbs/experiments/11_parity.ipynb #cca7c1e2
 def slopes(table:pd.DataFrame, # of `run` or `dropout`
           )->pd.DataFrame:     # a row a width and budget: slope of F/F(0) on the rate with interval, F and accuracy at the ends beside the published ones
     "How F and accuracy move with the dropout rate (Figs. 4b, 4c)."
@@ -286,7 +296,7 @@ def lowered(table:pd.DataFrame, # of `run` or `dropout`
     down = t.drop(columns=0.).lt(t[0.], axis=0).groupby(level=[0, 1]).mean()
     return down.assign(seeds=t.groupby(level=[0, 1]).size())
 
-# %% ../../nbs/experiments/11_parity.ipynb #be0a17db
+# %% ../../nbs/experiments/11_parity.ipynb #abf2834d
 _LINES = ["ours", "extra", "more", "flagged"]
 
 def plot_scaling(table:pd.DataFrame,              # of `run` or `scaling`
@@ -327,7 +337,7 @@ def plot_dropout(table:pd.DataFrame,              # of `run` or `dropout`
            title="test accuracy" if column == "accuracy" else f"{budget} budget")
     return ax
 
-# %% ../../nbs/experiments/11_parity.ipynb #8ca43f3b
+# %% ../../nbs/experiments/11_parity.ipynb #d078ea05
 def figure_4a(table, column="effective_features"):
     "A panel for each estimator with several penalties, at both budgets (merged counts: the full one)."
     many = table[table.figure == "scaling"].groupby("estimator", sort=False).l1.nunique()
@@ -345,7 +355,7 @@ def figure_4bc(table):
     ax[2].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/11_parity.ipynb #de5eb2c4
+# %% ../../nbs/experiments/11_parity.ipynb #9f8ede45
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says, line by line, published values beside ours."
     lines = []
