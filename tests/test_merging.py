@@ -63,6 +63,15 @@ def test_copies_that_take_turns_need_rows():
     assert len(m.shares) == 24 and m.effective_features == pytest.approx(F(p.features), rel=1e-6)
 
 
+def test_rows_that_fire_as_one_are_one_whatever_their_directions():
+    "Either is enough: proportional codes, or one direction."
+    z, g = split_proportional(planted().features, 2), torch.Generator().manual_seed(5)
+    assert len(merge_split_features(z, torch.randn(48, 24, generator=g)).shares) == 24
+    pair = planted(cooccurrence=.9, group=2).features[:, :2]
+    r = torch.corrcoef(pair.T)[0, 1].item()
+    assert split_distance(pair, torch.tensor([[1., 0.], [.6, .8]]))[0, 1].item() == pytest.approx((1 - r) * .4, abs=1e-4)
+
+
 def test_similar_directions_are_not_the_same():
     p = planted(directions="correlated", correlation=.6, group=4)
     assert len(merge_split_features(p.features, p.directions).shares) == 24
