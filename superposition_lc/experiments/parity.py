@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'PUBLISHED_SCALING', 'PUBLISHED_DROPOUT', 'parity_inputs', 
            'ParityNets', 'train_parity', 'ParityConfig', 'scaling', 'dropout', 'run', 'growth', 'slopes', 'lowered',
            'plot_scaling', 'plot_dropout', 'figure_4a', 'figure_4bc', 'reading', 'report']
 
-# %% ../../nbs/experiments/11_parity.ipynb #03c3359a
+# %% ../../nbs/experiments/11_parity.ipynb #2bbbdb32
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from ..plotting import COLOURS, axes, figure
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 
-# %% ../../nbs/experiments/11_parity.ipynb #1cfe239d
+# %% ../../nbs/experiments/11_parity.ipynb #b6685008
 def parity_inputs(n_tasks:int=3, # tasks, one control bit each
                   bits:int=4,    # data bits of each task
                  )->tuple:       # inputs (S, n_tasks + n_tasks*bits) float32 of 0 and 1, labels (S,) float32, task (S,) int64
@@ -54,7 +54,7 @@ def stratified_split(labels:Tensor,   # (S,) label of each input
     train[order] = rank >= (size * test).round()[stratum[order]]
     return train
 
-# %% ../../nbs/experiments/11_parity.ipynb #c272d1ea
+# %% ../../nbs/experiments/11_parity.ipynb #1139c9f2
 def parity_gradients(W:Tensor,    # (K, h, n + 1) first layer; the last column is the bias
                      w2:Tensor,   # (K, h) second layer
                      b2:Tensor,   # (K,) its bias
@@ -68,7 +68,7 @@ def parity_gradients(W:Tensor,    # (K, h, n + 1) first layer; the last column i
     back = torch.ops.aten.threshold_backward(mask.mul_(d[..., None]).mul_(w2[:, None]), hidden, 0)
     return torch.bmm(back.mT, x), torch.bmm(d[:, None], hidden)[:, 0], d.sum(1)
 
-# %% ../../nbs/experiments/11_parity.ipynb #ea58193d
+# %% ../../nbs/experiments/11_parity.ipynb #0ae84e1e
 @dataclass(frozen=True, eq=False)
 class ParityNets:
     "A stack of K trained networks: one for each seed and dropout rate, rates within seeds."
@@ -93,7 +93,7 @@ def _init(width, n, g):
     uniform = lambda size, fan: torch.rand(size, generator=g).mul_(2).sub_(1) / math.sqrt(fan)
     return uniform((width, n + 1), n), uniform((width,), width), uniform((), width)
 
-# %% ../../nbs/experiments/11_parity.ipynb #e84e5cda
+# %% ../../nbs/experiments/11_parity.ipynb #d30ce3fe
 @torch.no_grad()
 def train_parity(x:Tensor,                # (S, n) inputs
                  y:Tensor,                # (S,) labels 0 or 1
@@ -123,7 +123,7 @@ def train_parity(x:Tensor,                # (S, n) inputs
             adam.step()
     return ParityNets(W, w2, b2, tuple(rates) * len(seeds), tuple(s for s in seeds for _ in rates))
 
-# %% ../../nbs/experiments/11_parity.ipynb #3c979783
+# %% ../../nbs/experiments/11_parity.ipynb #a1155d33
 _L1S = (.01, .1, 1., 10.)
 
 def _estimators(epochs=300, **changes):
@@ -131,7 +131,7 @@ def _estimators(epochs=300, **changes):
     return (("released", SAEConfig.released(epochs=epochs), _L1S), ("ours", SAEConfig(kind="relu", **changes), _L1S),
             ("default", SAEConfig(**changes), (SAEConfig().l1,)))
 
-# %% ../../nbs/experiments/11_parity.ipynb #46ba0ac1
+# %% ../../nbs/experiments/11_parity.ipynb #e85eea2c
 @dataclass(frozen=True)
 class ParityConfig:
     "Sparse parity: task, networks, dictionary scaling (Fig. 4a) and dropout (Figs. 4b, 4c). The default is the published setting."
@@ -163,14 +163,14 @@ class ParityConfig:
         if self.scaling_seeds and (not self.estimators or min(self.expansions, default=0) <= 0): raise ValueError("estimators and expansions must not be empty, expansions above 0")
         if self.widths and 0. not in self.rates: raise ValueError(f"rates must hold 0, which the others are compared with, got {self.rates}")
 
-# %% ../../nbs/experiments/11_parity.ipynb #5e79e3b0
+# %% ../../nbs/experiments/11_parity.ipynb #7627ab71
 SCALES = dict(
     smoke=ParityConfig(epochs=5, batch_size=256, lr=3e-3, n_samples=256, expansions=(.5, 2), estimators=_estimators(10, steps=20, max_rounds=2, refine_steps=12), scaling_seeds=1,
                        widths=(16, 32), rates=(0., .5), dropout_seeds=2, dropout_estimator=SAEConfig.released(epochs=10), short=5),
-    laptop=ParityConfig(epochs=100, batch_size=256, lr=3e-3, widths=(16, 32, 64), estimators=_estimators(max_rounds=2), scaling_seeds=2, rates=(0., .1, .3, .5, .9)),
+    laptop=ParityConfig(epochs=100, batch_size=256, lr=3e-3, estimators=_estimators(max_rounds=2), scaling_seeds=2, rates=(0., .1, .3, .5, .9)),
     paper=ParityConfig())
 
-# %% ../../nbs/experiments/11_parity.ipynb #32ad4984
+# %% ../../nbs/experiments/11_parity.ipynb #1b9f9c57
 _QUALITY = ("effective_features", "l0", "fvu", "dead_fraction")
 
 def _at(history, steps):
@@ -188,7 +188,7 @@ def _recurring(z, V, smaller):
     if smaller is None or not (z.isfinite().all() and smaller[0].isfinite().all()): return math.nan
     return feature_shares(z)[recurring_features(z, smaller[0], V, smaller[1])].sum().item() if z.any() else 0.
 
-# %% ../../nbs/experiments/11_parity.ipynb #a979529e
+# %% ../../nbs/experiments/11_parity.ipynb #6f650160
 def _measure(x, config, l1s, seed, short, progress, smaller=None):
     "Rows for x (K, S, N), each member at both budgets, and the members' codes and dictionaries."
     t = train_sae(x, [replace(config, l1=float(l)) for l in l1s], [seed], progress)
@@ -206,7 +206,7 @@ def _measure(x, config, l1s, seed, short, progress, smaller=None):
             rows.append(dict(data=r["data"], n_features=d, l1=r["l1"], budget=budget, **q, warning=warning))
     return rows, codes
 
-# %% ../../nbs/experiments/11_parity.ipynb #84cde5bc
+# %% ../../nbs/experiments/11_parity.ipynb #bbe3097b
 def _sampled(config, width, rates, n_seeds, progress):
     "Trained networks, their (K, S, h) activations on random inputs, and their test accuracy."
     x, y, task = parity_inputs(config.n_tasks, config.bits)
@@ -240,11 +240,11 @@ def run(config:ParityConfig=SCALES["laptop"], progress:bool=True)->pd.DataFrame:
     parts = ([scaling(config, progress)] if config.scaling_seeds else []) + ([dropout(config, progress)] if config.widths else [])
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/experiments/11_parity.ipynb #b6b15722
+# %% ../../nbs/experiments/11_parity.ipynb #3ef4c496
 PUBLISHED_SCALING = {.01: ((32, 2**4.8), (1024, 2**9.4)), .1: ((32, 2**4.4), (1024, 2**5.9)), 1.: ((32, 2**4.2), (1024, 2**5.)), 10.: ((128, 2**2.6), (1024, 2**4.8))}
 PUBLISHED_DROPOUT = {16: ((35, 16), (.90, .66)), 32: ((52, 21), (1., .78)), 64: ((47, 29), (1., .85)), 128: ((50, 40), (1., .95))}  # (F, accuracy) at rates 0 and 0.9
 
-# %% ../../nbs/experiments/11_parity.ipynb #774f4648
+# %% ../../nbs/experiments/11_parity.ipynb #9dec1c41
 def _slope(x, y):
     "Least-squares slope; NaN for fewer than two different x."
     x, y = x - x.mean(), y - y.mean()
@@ -274,7 +274,7 @@ def growth(table:pd.DataFrame,                  # of `run` or `scaling`
         rows.append(dict(estimator=estimator, l1=l1, budget=budget, exponent=mean, low=low, high=high, F_smallest=F.iloc[0], F_largest=F.iloc[-1], silent=len(part) - len(fires), rows=len(part), published=published))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/11_parity.ipynb #7a1a11de
+# %% ../../nbs/experiments/11_parity.ipynb #fb55a664
 def slopes(table:pd.DataFrame, # of `run` or `dropout`
           )->pd.DataFrame:     # a row a width and budget: slope of F/F(0) on the rate with interval, F and accuracy at the ends beside the published ones
     "How F and accuracy move with the dropout rate (Figs. 4b, 4c)."
@@ -296,7 +296,7 @@ def lowered(table:pd.DataFrame, # of `run` or `dropout`
     down = t.drop(columns=0.).lt(t[0.], axis=0).groupby(level=[0, 1]).mean()
     return down.assign(seeds=t.groupby(level=[0, 1]).size())
 
-# %% ../../nbs/experiments/11_parity.ipynb #ced25fa8
+# %% ../../nbs/experiments/11_parity.ipynb #52088ba9
 _LINES = ["ours", "extra", "more", "flagged"]
 
 def plot_scaling(table:pd.DataFrame,              # of `run` or `scaling`
@@ -337,7 +337,7 @@ def plot_dropout(table:pd.DataFrame,              # of `run` or `dropout`
            title="test accuracy" if column == "accuracy" else f"{budget} budget")
     return ax
 
-# %% ../../nbs/experiments/11_parity.ipynb #95ecd069
+# %% ../../nbs/experiments/11_parity.ipynb #139ed093
 def figure_4a(table, column="effective_features"):
     "A panel for each estimator with several penalties, at both budgets (merged counts: the full one)."
     many = table[table.figure == "scaling"].groupby("estimator", sort=False).l1.nunique()
@@ -355,7 +355,7 @@ def figure_4bc(table):
     ax[2].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/11_parity.ipynb #d781acaf
+# %% ../../nbs/experiments/11_parity.ipynb #629274d4
 def reading(table:pd.DataFrame)->str: # of `run`
     "What a table says, line by line, published values beside ours."
     lines = []
