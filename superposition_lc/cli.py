@@ -23,7 +23,7 @@ from torch import nn
 
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import sweep, grokking, toy_models
+from .experiments import sweep, grokking, parity, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -101,6 +101,7 @@ EXPERIMENTS = dict(
     toy_models=toy_models,
     adversarial=sweep,
     grokking=grokking,
+    parity=parity,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162

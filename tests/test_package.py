@@ -15,7 +15,7 @@ LIB = ROOT / "superposition_lc"
 # A module imports only from floors below its own.
 FLOORS = {
     1: {"entropy", "data", "plotting", "runs", "sparse_coding", "kinds"},
-    2: {"sae", "statistics", "cells", "llc"},
+    2: {"sae", "statistics", "cells", "llc", "merging"},
     3: {"activations", "pretrained"},
     4: {"measurement", "rate_distortion"},
     5: {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "language", "adversarial")},
@@ -24,7 +24,7 @@ FLOORS = {
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 PUBLIC = """feature_shares hill_number effective_features ShareAccumulator SAEConfig SparseAutoencoder train_sae
-            capture load_sae export_sae local_learning_coefficient measure measure_activations Measurement rate_distortion""".split()
+            capture load_sae export_sae local_learning_coefficient measure measure_activations Measurement rate_distortion merge_split_features recurring_features""".split()
 HEAVY = "sklearn torchattacks statsmodels IPython scipy.stats seaborn matplotlib.pyplot nbdev fastcore joblib dask huggingface_hub transformers".split()
 MODULES = {p.relative_to(LIB).with_suffix("").as_posix().replace("/", "."): p for p in LIB.rglob("*.py") if not p.name.startswith("_")}
 
