@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .data import load_dataset
-from .experiments import toy_models
+from .experiments import language, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -97,6 +97,7 @@ def _load_weights(net, path):
 # %% ../nbs/core/09_cli.ipynb #35cf38d2
 EXPERIMENTS = dict(
     toy_models=toy_models,
+    language=language,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
@@ -155,7 +156,7 @@ def main(argv:list|None=None)->int: # exit status: 0, or 2 for bad input
     "The `superposition-lc` command."
     args = _parser().parse_args(argv)
     try: dict(demo=_demo, measure=_measure, reproduce=_reproduce)[args.command](args)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, KeyError, OSError, ImportError) as e:
         print(f"superposition-lc: {e.args[0] if isinstance(e, KeyError) else e}", file=sys.stderr)
         return 2
     return 0
