@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Site', 'find_sites', 'residual_error', 'load_language_model', 'need_transformers', 'read_texts', 'TextBatch',
            'text_batches', 'Tamed', 'TextMeasurement', 'measure_text']
 
-# %% ../nbs/core/07_text.ipynb #116e09d0
+# %% ../nbs/core/07_text.ipynb #b50dbac7
 import difflib
 import hashlib
 import inspect
@@ -31,7 +31,7 @@ from .measurement import Measurement, _estimate, _layer_row, row_warning
 from .runs import atomic_path, progress_bar, provenance
 from .sae import _chunks
 
-# %% ../nbs/core/07_text.ipynb #920be1b2
+# %% ../nbs/core/07_text.ipynb #6134107e
 KINDS = "embedding", "attention", "mlp", "residual"
 _FAMILIES = {  # modules below a common prefix: embedding, list of blocks, and in a block attention and MLP
     "GPT-NeoX": ("embed_in", "layers", "attention", "mlp"),
@@ -63,7 +63,7 @@ def _family_sites(model):
             return family, sites
     return None, []
 
-# %% ../nbs/core/07_text.ipynb #da3a1dd0
+# %% ../nbs/core/07_text.ipynb #2782e89d
 def find_sites(model:nn.Module,
                sites:Sequence[str]|str|None=None, # names, kinds (KINDS) or module paths; None: all of a known family
               )->list: # of `Site`, in the order asked for
@@ -85,7 +85,7 @@ def find_sites(model:nn.Module,
     if not found: raise ValueError("no site asked for: name at least one, or leave sites=None for all")
     return list(found.values())
 
-# %% ../nbs/core/07_text.ipynb #6300fc7d
+# %% ../nbs/core/07_text.ipynb #a6e0d9a4
 @torch.no_grad()
 def residual_error(model:nn.Module,
                    inputs:Mapping, # keyword arguments of the model
@@ -109,7 +109,7 @@ def _call(model, inputs):
     cache = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     return body(**inputs, **cache)
 
-# %% ../nbs/core/07_text.ipynb #6f418aad
+# %% ../nbs/core/07_text.ipynb #6ea59a97
 def load_language_model(name:str|Path,              # folder, or Hugging Face "owner/name"
                         tokenizer:str|Path|None=None, # where its tokenizer is, if it is elsewhere
                         revision:str|None=None,     # of a repository: branch, tag or commit
@@ -135,7 +135,7 @@ def need_transformers():
     except ImportError: raise ImportError("language models need transformers. Fix: pip install superposition_lc[language]") from None
     return transformers
 
-# %% ../nbs/core/07_text.ipynb #3630390f
+# %% ../nbs/core/07_text.ipynb #724388d6
 def read_texts(source, # path of a .txt, .md or .jsonl file or of a folder of them; or an iterable of strings or of rows with a "text"
                separator:str|None="\n\n", # cuts a plain text file into documents; None: a file is one document
               ): # yields strings; documents of white space only are left out
@@ -164,7 +164,7 @@ def _documents(source, separator):
         text = path.read_text(encoding="utf-8")
         yield from text.split(separator) if separator else [text]
 
-# %% ../nbs/core/07_text.ipynb #9b9943ad
+# %% ../nbs/core/07_text.ipynb #0678b413
 def _cut(tokenizer, text, max_tokens, windows, special):
     "Windows of a document: [(token ids, whether each is a sample, place of the first in the document)]."
     whole = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
@@ -197,7 +197,7 @@ def _batch(group, rows, pad):
     ids, keep, starts = zip(*(window for _, window in rows))
     return TextBatch(group, fill(ids, pad), fill([[1] * len(i) for i in ids], 0), fill(keep, False), torch.tensor([d for d, _ in rows]), torch.tensor(starts))
 
-# %% ../nbs/core/07_text.ipynb #13441086
+# %% ../nbs/core/07_text.ipynb #62bb42ee
 def text_batches(texts,              # as for `read_texts`
                  tokenizer,          # called as transformers' are
                  max_tokens:int=512, # of a window
@@ -223,7 +223,7 @@ def text_batches(texts,              # as for `read_texts`
             if len(rows) == batch_size: yield _batch(group, waiting.pop(group), pad)
     for group in sorted(waiting): yield _batch(group, waiting[group], pad)
 
-# %% ../nbs/core/07_text.ipynb #6b37e821
+# %% ../nbs/core/07_text.ipynb #c336d4b1
 class _TypeSample:
     "Activations of one occurrence of each token type, `cap` types at most; mergeable."
     def __init__(self, cap, widths): # widths: {site: N}
@@ -263,7 +263,7 @@ class _TypeSample:
         self.take(order[np.unique(self.types[order], return_index=True)[1]])
         self.prune(self.cap)
 
-# %% ../nbs/core/07_text.ipynb #d377303b
+# %% ../nbs/core/07_text.ipynb #be3747e9
 class _SiteSums:
     "Running sums of one site, by group."
     def __init__(self, n_neurons, n_features, members, n_groups):
@@ -274,8 +274,8 @@ class _SiteSums:
                          tested=zeros(), error=zeros(members), first_tested=zeros(n_neurons), second_tested=zeros())
         self.peak = torch.zeros(n_neurons, dtype=torch.float64)
 
-    def update(self, x, sae, documents, group, test):
-        "Samples (S, N) of one group, and the autoencoder's codes of them; `test`: also their reconstruction."
+    def update(self, x, sae, documents, group, test_every):
+        "Samples (S, N) of one group, and the autoencoder's codes of them; of each `test_every`-th also the reconstruction."
         sums, wide = self.sums, x.double()
         sums["n"][group] += len(x)
         sums["first"][group] += wide.sum(0).cpu()
@@ -284,7 +284,8 @@ class _SiteSums:
         if isinstance(sae, Tamed): x, sae = sae.taming(x), sae.sae
         for part in _chunks(sae, x):
             z = sae.encode(x[part])
-            if test: self._test(x[part], sae, z, group)
+            tested = slice(-part.start % test_every, None, test_every)  # counted from the first sample of the batch
+            self._test(x[part][tested], sae, z[..., tested, :], group)
             z = z if z.ndim == 3 else z[None]
             sums["active"][group] += torch.stack([torch.count_nonzero(m) for m in z]).double().cpu()
             for shares, codes in zip(self.shares, z): shares.update(codes, documents[part])
@@ -301,7 +302,7 @@ class _SiteSums:
         for name in self.sums: self.sums[name] += other.sums[name]
         self.peak = torch.maximum(self.peak, other.peak)
 
-# %% ../nbs/core/07_text.ipynb #13e76562
+# %% ../nbs/core/07_text.ipynb #d7c70d84
 @dataclass(frozen=True, eq=False)
 class Tamed:
     "An autoencoder of activations whose outlier neurons were tamed first; its quality is that on tamed activations."
@@ -315,7 +316,7 @@ def _quality(sums):
     fvu = sums["error"].sum(0) / variance
     return sums["active"].sum(0) / n, fvu.where(variance > 0, math.nan)
 
-# %% ../nbs/core/07_text.ipynb #fe549a32
+# %% ../nbs/core/07_text.ipynb #bb795b00
 _ENOUGH = 100  # tokens from which on the first batch is judged
 
 def _refusal(F, n_features, fvu):
@@ -331,7 +332,7 @@ def _check_first(name, x, sae, n_groups):
     members = getattr(inner, "stack", None) or 1
     make = lambda: _SiteSums(x.shape[1], inner.n_features, members, n_groups)
     if len(x) >= _ENOUGH:
-        (trial := make()).update(x, sae, torch.arange(len(x)), 0, True)
+        (trial := make()).update(x, sae, torch.arange(len(x)), 0, 1)
         l0, error = trial.sums["active"].sum(0), trial.sums["error"].sum(0) / trial.sums["second_tested"].sum()
         for i, shares in enumerate(trial.shares):
             F = effective_features(shares.shares) if l0[i] > 0 else 0.
@@ -341,7 +342,7 @@ def _check_first(name, x, sae, n_groups):
                                  "Fix: look whether it belongs to this site and model, and to activations of this scale")
     return make()
 
-# %% ../nbs/core/07_text.ipynb #5f0fcfb3
+# %% ../nbs/core/07_text.ipynb #45ba05f8
 _STATE = "n_batches", "n_documents", "finished", "digest", "residual_error"
 
 class TextMeasurement:
@@ -376,7 +377,7 @@ def _rows(m, site, level, converged):
         row |= dict.fromkeys(("effective_features", "low", "high", "superposition"), math.nan) if why else {}
         yield row | dict(warning=why or row_warning(row))
 
-# %% ../nbs/core/07_text.ipynb #b736008c
+# %% ../nbs/core/07_text.ipynb #4cb0b685
 def _measurement(m, level, converged):
     seeds, layers = [], []
     for site in m.sites:
@@ -403,7 +404,7 @@ def _dimensions(m):
                          massive=bool(massive_values(sums.peak, typical, x.abs().double().median(0).values).any())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/core/07_text.ipynb #c416dd09
+# %% ../nbs/core/07_text.ipynb #b438ac09
 def _curve(m, level, points):
     "F from the first groups of documents, at each number of groups: one row a site, member and point."
     rows, n_groups = [], m.settings["n_groups"]
@@ -420,7 +421,7 @@ def _curve(m, level, points):
                                  n_samples=int(m._sums[site.name].sums["n"][:k].sum()), plug_in=F, effective_features=value, low=low, high=high))
     return pd.DataFrame(rows)
 
-# %% ../nbs/core/07_text.ipynb #2af47ebc
+# %% ../nbs/core/07_text.ipynb #5d3a111d
 def _merge(m, other):
     mine, theirs = ({k: v for k, v in x.settings.items() if k != "shard"} for x in (m, other))
     if differ := [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]: raise ValueError(f"cannot merge: {', '.join(differ)} differ. Measure both parts with the same settings, apart from shard")
@@ -445,7 +446,7 @@ def _save(m, path):
                  **{k: getattr(m, k) for k in _STATE})
     with atomic_path(path) as p: save_file({k: v.contiguous().clone() for k, v in tensors.items()}, p, metadata={"text": json.dumps(about)})
 
-# %% ../nbs/core/07_text.ipynb #5124bd5e
+# %% ../nbs/core/07_text.ipynb #98d28dd0
 def _load(cls, path):
     try:
         with safe_open(path, framework="pt") as f:
@@ -467,7 +468,7 @@ def _load(cls, path):
     except (KeyError, TypeError, IndexError) as e: raise ValueError(f"{path} is damaged, a part is missing: {e}") from None
     return m
 
-# %% ../nbs/core/07_text.ipynb #733d4ff2
+# %% ../nbs/core/07_text.ipynb #0785b507
 def _fingerprint(module):
     "Tells one network's weights from another's."
     if isinstance(module, Tamed): return [_fingerprint(module.sae), float(module.taming.shift.sum()), float(module.taming.divisor.sum())]
@@ -482,13 +483,13 @@ def _picked(name, output, keep, batch):
     if not x.isfinite().all(): raise ValueError(f"site {name!r}: activations are NaN or infinite in documents {batch.documents.tolist()[:5]}. Fix: look at the weights; run in float32")
     return x
 
-# %% ../nbs/core/07_text.ipynb #9387c813
+# %% ../nbs/core/07_text.ipynb #93a3e773
 class _Pass:
     "Takes in batches; `m` is None until the first."
     def __init__(self, model, sites, saes, settings, max_types, m):
         paths = dict(model.named_modules())
         self.model, self.sites, self.saes, self.settings, self.max_types, self.m = model, sites, saes, settings, max_types, m
-        self.modules, self.seen = {s.name: paths[s.module] for s in sites}, {}
+        self.modules = {s.name: paths[s.module] for s in sites}
 
     def run(self, batch, fn):
         "Call fn(site, samples (S, N)) for each site of a batch."
@@ -514,14 +515,13 @@ class _Pass:
         documents = batch.documents.repeat_interleave(samples)
         places = (batch.starts[:, None] + batch.keep.cumsum(1) - 1)[batch.keep]
         plan = m._types.plan(batch.input_ids[batch.keep], documents, places)
-        test = self.seen.setdefault(group, 0) % self.settings["test_every"] == 0
         def take(name, x):
             m._types.put(name, x, plan)
-            m._sums[name].update(x, self.saes[name], documents, group, test)
+            m._sums[name].update(x, self.saes[name], documents, group, self.settings["test_every"])
         self.run(batch, take)
         m._types.prune(2 * m._types.cap)
 
-# %% ../nbs/core/07_text.ipynb #01b32a0d
+# %% ../nbs/core/07_text.ipynb #2fe78696
 def _check_saes(sites, saes):
     "{site: autoencoder} for every site, or what is missing."
     wrong = [n for n, s in saes.items() if not hasattr(s.sae if isinstance(s, Tamed) else s, "encode")]
@@ -537,7 +537,7 @@ def _resume(checkpoint, settings):
                          "Fix: choose another checkpoint, or delete it")
     return m
 
-# %% ../nbs/core/07_text.ipynb #8d1249ed
+# %% ../nbs/core/07_text.ipynb #cc58af2e
 def measure_text(model:nn.Module,      # a transformers model, on the device where it is to run
                  tokenizer,            # its tokenizer
                  texts,                # as for `read_texts`
@@ -546,7 +546,7 @@ def measure_text(model:nn.Module,      # a transformers model, on the device whe
                  max_tokens:int=512, windows:int=1, batch_size:int=16, max_documents:int|None=None, special:bool=False, # as for `text_batches`
                  n_groups:int=50,      # of documents, behind the interval
                  shard:tuple=(0, 1),   # (i, n): the i-th of n parts, to be merged
-                 test_every:int=8,     # a group's batches from one reconstruction to the next
+                 test_every:int=16,    # samples from one reconstruction to the next
                  max_types:int=4000,   # token types kept for the dimensions
                  checkpoint:str|Path|None=None, # file to go on from, and to save to
                  save_every:float=60., # seconds between checkpoints
@@ -567,7 +567,6 @@ def measure_text(model:nn.Module,      # a transformers model, on the device whe
             documents.update(batch.documents.tolist())
             if run.m is None: run.start(batch)
             if number > done: run(batch)
-            run.seen[batch.group] = run.seen.get(batch.group, 0) + 1
             if number == done and digest.hexdigest() != run.m.digest: raise ValueError(f"{checkpoint} was made with another text or tokenizer. Fix: choose another checkpoint, or delete it")
             if number > done: run.m.n_batches, run.m.n_documents, run.m.digest = number, len(documents), digest.hexdigest()
             if checkpoint is not None and number > done and time.monotonic() - saved >= save_every: run.m.save(checkpoint); saved = time.monotonic()
