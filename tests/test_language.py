@@ -555,3 +555,20 @@ def test_the_tame_end_of_a_transformer():
     quick = SAEConfig(kind="relu", expansion=4, steps=200, max_rounds=2, warmup=50)
     l0 = {name: train_sae(a, quick, progress=False).table.l0[0] for name, a in dict(plain=net.gpt_neox.embed_in.weight.detach(), wild=x, tamed=tame(x)(x)).items()}
     assert l0["wild"] < .3 * l0["plain"] and l0["tamed"] == pytest.approx(l0["plain"], rel=.3)
+
+
+def test_an_encoder_with_an_outlier_is_trained_tamed_and_measured(tokenizer):
+    "A BERT, as MiniLM is one: sites before the sum, the outlier neuron found, its autoencoder trained on tamed activations."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)).eval()
+    net.encoder.layer[0].output.dense.bias.data[3] = 50.
+    config = dataclasses.replace(TINY, model="a folder", max_documents=12, estimator=dataclasses.replace(TINY.estimator, steps=300))
+    documents = load_text(config.text)
+    saes, converged = language.train_site_saes(net, tokenizer, documents, config, progress=False)
+    assert {name for name, s in saes.items() if isinstance(s, Tamed)} == {"mlp_out_layer0", "resid_out_layer0"} and saes["mlp_out_layer0"].taming.neurons == (3,)
+    m = measure_text(net, tokenizer, documents, saes, max_documents=12, **{k: v for k, v in SETTINGS.items() if k != "max_documents"})
+    d, t = m.dimensions().set_index("layer"), m.measurement(converged=converged).table.set_index("layer")
+    assert d.outlier_neurons["mlp_out_layer0"] == "3" and d.outlier_neurons["embed"] == ""
+    assert t.fvu["mlp_out_layer0"] < .9 and t.effective_features["mlp_out_layer0"] > 3
+    assert t.warning.str.contains("not converged").tolist() == [not all(converged[n]) for n in t.index]
