@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'PUBLISHED_L0', 'PUBLISHED_ALIVE', 'PUBLISHED_WIDTH', 'S
            'train_site_saes', 'run', 'plot_layers', 'plot_published', 'figure_6a', 'plot_convergence',
            'figure_dimensions', 'reading', 'report']
 
-# %% ../../nbs/experiments/12_language.ipynb #189a40f7
+# %% ../../nbs/experiments/12_language.ipynb #8bab7777
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 from ..text import KINDS, Tamed, find_sites, load_language_model, measure_text, need_transformers, read_texts, text_batches
 
-# %% ../../nbs/experiments/12_language.ipynb #8f917352
+# %% ../../nbs/experiments/12_language.ipynb #cbb19c9e
 PUBLISHED = dict(embedding=(4200.,), attention=(2100., 3000., 3400., 2400., 3600., 2700.), mlp=(6200., 10500., 5500., 6100., 5400., 3100.),
                  residual=(4500., 6900., 5200., 3800., 5400., 3300.))  # F by depth, Pythia-70M-deduped, N = 512
 PUBLISHED_L0 = dict(embedding=(3,), attention=(128, 127, 215, 169, 132, 144), mlp=(5, 69, 88, 160, 100, 102), residual=(59, 54, 108, 68, 61, 72))
@@ -39,7 +39,7 @@ def published(kind:str, # one of KINDS
     place = depth if kind == "embedding" else depth - 1
     return float(values[kind][place]) if kind in values and 0 <= place < len(values[kind]) else math.nan
 
-# %% ../../nbs/experiments/12_language.ipynb #a9c6c882
+# %% ../../nbs/experiments/12_language.ipynb #d1d4f9af
 def load_text(source:str, # "python", a path as in `read_texts`, or "datasets:owner/name"
               seed:int=0, # of the order of a stream
              ):           # an iterable of documents
@@ -52,7 +52,7 @@ def load_text(source:str, # "python", a path as in `read_texts`, or "datasets:ow
     except ImportError: raise ImportError(f"{source} is a stream of the datasets library. Fix: pip install datasets, or name a file or folder of text") from None
     return load_dataset(source.removeprefix("datasets:"), split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
 
-# %% ../../nbs/experiments/12_language.ipynb #80fad038
+# %% ../../nbs/experiments/12_language.ipynb #5dca1ae0
 def train_tokenizer(documents:list, vocab:int): # a transformers tokenizer
     "A byte-level BPE of `vocab` tokens."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -93,7 +93,7 @@ def train_language_model(config,              # a LanguageConfig
     unigram = torch.special.entr(counts / counts.sum()).sum().item()
     return model, tokenizer, dict(loss=sum(recent) / len(recent), unigram=unigram)
 
-# %% ../../nbs/experiments/12_language.ipynb #c1979b09
+# %% ../../nbs/experiments/12_language.ipynb #3f926f15
 @dataclass(frozen=True)
 class LanguageConfig:
     "One run: model, autoencoders, text. Empty `model` and `saes` are trained here."
@@ -126,7 +126,7 @@ class LanguageConfig:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/experiments/12_language.ipynb #bae72ca5
+# %% ../../nbs/experiments/12_language.ipynb #22f663a8
 def _check_config(c):
     for name in ("width", "n_layers", "n_heads", "vocab", "context", "train_steps", "train_batch", "sae_seeds", "sae_samples", "max_tokens", "windows", "batch_size", "n_seeds"):
         if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
@@ -143,7 +143,7 @@ SCALES = dict(
     paper=LanguageConfig(model="EleutherAI/pythia-70m-deduped", saes="saprmarks/pythia-70m-deduped-saes", text="datasets:monology/pile-uncopyrighted",
                          max_tokens=512, windows=1, max_documents=20_000, n_groups=200, seeds=(42, 123, 456), control=False, checkpoint="language-paper-checkpoints"))
 
-# %% ../../nbs/experiments/12_language.ipynb #bc103717
+# %% ../../nbs/experiments/12_language.ipynb #49e31595
 def load_site_saes(model:nn.Module, path:str, folder:str)->dict: # {site: PretrainedSAE}
     "Published autoencoders for all sites of a known family, decoder norms folded; `folder` has {site} where the name goes."
     return {s.name: load_sae(path, subfolder=folder.format(site=s.name)) for s in find_sites(model)}
@@ -174,7 +174,7 @@ def _limited(batches, samples, factor=8):
         yield b.inputs
         if (seen := seen + int(b.keep.sum())) >= factor * samples: return
 
-# %% ../../nbs/experiments/12_language.ipynb #88c806d4
+# %% ../../nbs/experiments/12_language.ipynb #54a8fe48
 def run(config:LanguageConfig=LanguageConfig(), progress:bool=True)->pd.DataFrame: # tidy; see above
     "Every site of every network in one pass over the text each (Section 6.4)."
     need_transformers()
@@ -211,7 +211,7 @@ def _measured(config, network, progress):
     curve = c.groupby(["layer", "kind", "depth", "n_documents", "n_samples"], sort=False)[["effective_features", "low", "high"]].mean().reset_index()
     return pd.concat([sites.assign(part="site", **scores), curve.assign(part="curve")], ignore_index=True)
 
-# %% ../../nbs/experiments/12_language.ipynb #79a7cfff
+# %% ../../nbs/experiments/12_language.ipynb #e584a2c6
 _LOOK = dict(embedding="control", attention="extra", mlp="attacked", residual="ours")
 
 def _sites(table, network): return table[(table.part == "site") & (table.network == network)]
@@ -251,7 +251,7 @@ def figure_6a(table):
     plot_published(ax[-1]).legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/12_language.ipynb #f019c7b0
+# %% ../../nbs/experiments/12_language.ipynb #eac3a126
 def plot_convergence(table:pd.DataFrame, # of `run`
                      layers=None,        # site names; None: the deepest of each kind
                      ax=None):           # matplotlib Axes; None: a new figure
@@ -276,7 +276,7 @@ def figure_dimensions(table):
     ax[0].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/experiments/12_language.ipynb #9a4206dd
+# %% ../../nbs/experiments/12_language.ipynb #36c781aa
 def reading(table:pd.DataFrame, # of `run`
             config:LanguageConfig)->str:
     "What a table says, with the published values."
