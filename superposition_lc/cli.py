@@ -23,7 +23,7 @@ from torch import nn
 
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import sweep, grokking, parity, toy_models
+from .experiments import sweep, grokking, parity, language, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -102,6 +102,7 @@ EXPERIMENTS = dict(
     adversarial=sweep,
     grokking=grokking,
     parity=parity,
+    language=language,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
@@ -162,7 +163,7 @@ def main(argv:list|None=None)->int: # exit status: 0, or 2 for bad input
     "The `superposition-lc` command."
     args = _parser().parse_args(argv)
     try: dict(demo=_demo, measure=_measure, reproduce=_reproduce)[args.command](args)
-    except (ValueError, KeyError, OSError, FailedCells) as e:
+    except (ValueError, KeyError, OSError, FailedCells, ImportError) as e:
         print(f"superposition-lc: {e.args[0] if isinstance(e, KeyError) else e}", file=sys.stderr)
         return 2
     return 0

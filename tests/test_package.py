@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "superposition_lc"
 # A module imports only from floors below its own.
 FLOORS = {
-    1: {"entropy", "data", "plotting", "runs", "sparse_coding", "kinds"},
+    1: {"entropy", "data", "plotting", "runs", "sparse_coding", "kinds", "geometry"},
     2: {"sae", "statistics", "cells", "llc", "merging"},
     3: {"activations", "pretrained"},
     4: {"measurement", "rate_distortion"},
-    5: {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "language", "adversarial")},
-    6: {"experiments.sweep"},
+    5: {"text"} | {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "adversarial")},
+    6: {"experiments.sweep", "experiments.language"},
     7: {"cli"},
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
