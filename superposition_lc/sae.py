@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #db41531c
+# %% ../nbs/core/05_sae.ipynb #d6dadb3f
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import atomic_path, progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #7b17f5e4
+# %% ../nbs/core/05_sae.ipynb #4f884a59
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -60,7 +60,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #5e46c8c4
+# %% ../nbs/core/05_sae.ipynb #5f22e5d8
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -88,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #c28d5471
+# %% ../nbs/core/05_sae.ipynb #b33d2b17
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #0c88c436
+# %% ../nbs/core/05_sae.ipynb #eda99389
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -159,7 +159,7 @@ def _lasso_codes(sae, x):
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
-# %% ../nbs/core/05_sae.ipynb #ebc750b0
+# %% ../nbs/core/05_sae.ipynb #8609498b
 def _codes(sae, x):
     "Codes of scaled activations."
     if sae.lasso: return _lasso_codes(sae, x)
@@ -174,7 +174,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #0f1bb168
+# %% ../nbs/core/05_sae.ipynb #24bee79d
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -207,7 +207,7 @@ def _load(cls, path):
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #2f17b4d6
+# %% ../nbs/core/05_sae.ipynb #eba6f9f5
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -216,7 +216,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #4ce38f3e
+# %% ../nbs/core/05_sae.ipynb #d73bf974
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -236,7 +236,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #882d3ce2
+# %% ../nbs/core/05_sae.ipynb #690b7ba3
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -265,7 +265,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #faf9c408
+# %% ../nbs/core/05_sae.ipynb #a8c63842
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -288,7 +288,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #2a06cdbe
+# %% ../nbs/core/05_sae.ipynb #c2886bbb
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -307,7 +307,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #99cfbfc5
+# %% ../nbs/core/05_sae.ipynb #fb83b975
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -337,7 +337,7 @@ class _Trainer:
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
-# %% ../nbs/core/05_sae.ipynb #fbe244bf
+# %% ../nbs/core/05_sae.ipynb #19d3c083
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
@@ -363,7 +363,7 @@ def _run(t:_Trainer, steps, tick):
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #c586d920
+# %% ../nbs/core/05_sae.ipynb #8d9b5f4c
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -386,7 +386,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #da5b0db4
+# %% ../nbs/core/05_sae.ipynb #1af8d92a
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -404,7 +404,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #6b4bcc66
+# %% ../nbs/core/05_sae.ipynb #ce834f67
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -421,7 +421,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #dc91cd70
+# %% ../nbs/core/05_sae.ipynb #7d1f9d7d
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -440,7 +440,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #b7906a58
+# %% ../nbs/core/05_sae.ipynb #f909f6fc
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -468,7 +468,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #fc11310d
+# %% ../nbs/core/05_sae.ipynb #a7b2fb1b
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

