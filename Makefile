@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := settings.ini setup.py constraints.txt
 
-.PHONY: help demo test docs lab export clean
+.PHONY: help demo test bench docs lab export clean
 
 help:
 	@echo "make demo   train a small network, measure its superposition, show a table and a figure"
 	@echo "make test   all tests"
+	@echo "make bench  how fast: ratios against plain loops and the machine's limit, kept in results/ (minutes)"
 	@echo "make docs   the documentation site, in _docs/"
 	@echo "make lab    JupyterLab with the package installed"
 	@echo "make export notebooks -> superposition_lc/ and README.md, cleaned"
@@ -28,6 +29,9 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+bench: .venv/run
+	$(BIN)/python benchmarks/bench.py
 
 docs: .venv/dev
 	$(BIN)/python docs/build.py

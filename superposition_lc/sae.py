@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #d6dadb3f
+# %% ../nbs/core/05_sae.ipynb #60e1fd49
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import atomic_path, progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #4f884a59
+# %% ../nbs/core/05_sae.ipynb #886ef794
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -60,7 +60,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #5f22e5d8
+# %% ../nbs/core/05_sae.ipynb #e8321d13
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -88,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #b33d2b17
+# %% ../nbs/core/05_sae.ipynb #2c570148
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #eda99389
+# %% ../nbs/core/05_sae.ipynb #69264a25
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -159,7 +159,7 @@ def _lasso_codes(sae, x):
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
-# %% ../nbs/core/05_sae.ipynb #8609498b
+# %% ../nbs/core/05_sae.ipynb #6f4f96f0
 def _codes(sae, x):
     "Codes of scaled activations."
     if sae.lasso: return _lasso_codes(sae, x)
@@ -174,7 +174,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #24bee79d
+# %% ../nbs/core/05_sae.ipynb #1b5845bb
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -207,7 +207,7 @@ def _load(cls, path):
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #eba6f9f5
+# %% ../nbs/core/05_sae.ipynb #071eb20d
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -216,15 +216,17 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #d73bf974
+# %% ../nbs/core/05_sae.ipynb #ab6e32c5
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
                   l1:Tensor,             # (K, 1, 1) penalty a code, as it enters the loss
                   weight:float=1.0,      # factor of the squared error: 1 (Eq. 5) or 1/N (released)
+                  work:dict|None=None,   # buffers that calls of one shape share: the gradients hold until the next call
                  )->tuple:               # ({parameter name: gradient}, (K,) loss)
     "Gradients of weight*|x - x'|^2 + l1*|z|_1, averaged over the batch (Eq. 5), without autograd."
     if sae.kind: return sae.kind.gradients(sae, x, l1, weight)
+    if sae.tied and sae.k is None: return _tied_gradients(sae, x, l1, weight, {} if work is None else work)
     W, B = sae.weight, x.shape[1]
     V, u = (W, x) if sae.tied else (sae.decoder, x - sae.decoder_bias[:, None])
     z = _activate(torch.baddbmm(sae.bias[:, None], u, W.mT), sae.k)
@@ -236,7 +238,50 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #690b7ba3
+# %% ../nbs/core/05_sae.ipynb #e9940543
+_WIDE, _FEW = 128, 1 / 16 # from so many neurons, and up to this fraction of active codes (in some samples), skipping the others is faster on a CPU
+
+def _bags(table, index, count, weights):
+    "Sums of rows of `table`: the first count[0] of `index`, times their weights, make the first row, and so on."
+    ends = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return nn.functional.embedding_bag(index, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+def _few_codes(W, x, z, l1, weight):
+    "What follows the codes z (K, D, B) in `_tied_gradients`, with no work for codes that are zero."
+    (K, D, B), (rows, samples) = z.shape, (t.reshape(-1, x.shape[-1]) for t in (W, x))
+    at = z.view(-1).nonzero()[:, 0]
+    row, value = at // B, z.view(-1)[at]
+    member = row // D
+    sample = member * B + at % B
+    by_sample, per_row = sample.argsort(stable=True), row.bincount(minlength=K * D)
+    r = _bags(rows, row[by_sample], sample.bincount(minlength=K * B), value[by_sample]).sub_(samples)
+    loss = (r.square().view(K, -1).sum(1) * weight + z.sum((1, 2)) * l1.view(-1)) / B
+    r *= 2 * weight / B
+    dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, r, sample, row, row, 0)  # rows . r, where a code is active
+    dz += (l1.view(-1) / B)[member]
+    bias = torch.zeros_like(rows[:, 0]).index_add_(0, row, dz)
+    both = torch.stack([sample, sample + K * B], 1).view(-1), per_row * 2, torch.stack([dz, value], 1).view(-1)
+    return {"bias": bias.view(K, D), "weight": _bags(torch.cat([samples, r]), *both).view_as(W)}, loss
+
+# %% ../nbs/core/05_sae.ipynb #d1ac9b13
+_NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
+
+def _tied_gradients(sae, x, l1, weight, work):
+    "`sae_gradients` of tied ReLU autoencoders: samples on the last axis, products and what follows them in place."
+    W, u, (K, B, N), D = sae.weight, x.mT, x.shape, sae.n_features
+    if not work: work |= {name: x.new_empty(K, *s) for name, s in dict(z=(D, B), dz=(D, B), r=(N, B), g=(D, N), flat=(N, D)).items()}
+    z, dz, r, g, flat = work.values()
+    torch.baddbmm(sae.bias[..., None], W, u, out=z).relu_()
+    if N >= _WIDE and x.device.type == "cpu" and (some := z[..., :-(-B // 16)]).count_nonzero() <= _FEW * some.numel(): return _few_codes(W, x, z, l1, weight)
+    torch.baddbmm(u, W.mT, z, beta=-1, out=r)
+    loss = torch.linalg.vector_norm(r, dim=(1, 2)).square_().mul_(weight / B).addcmul_(z.sum((1, 2)), l1.view(-1), value=1 / B)
+    torch.baddbmm(l1 / B, W, r.mul_(2 * weight / B), out=dz)
+    torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)  # 0 where z is
+    if N > _NARROW: torch.bmm(dz, x, out=g).baddbmm_(z, r.mT)
+    else: g.copy_(torch.bmm(u, dz.mT, out=flat).baddbmm_(r, z.mT).mT)
+    return {"bias": dz.sum(-1), "weight": g}, loss
+
+# %% ../nbs/core/05_sae.ipynb #dd9b03cc
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -255,8 +300,8 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     for part in _chunks(sae, x):
         x_hat, z = sae(xs := x[..., part, :])
         z = z.view(K, -1, sae.n_features)
-        sums += z.sum(1, dtype=torch.float64)
-        active += (z > 0).sum((1, 2))
+        sums += sum(some.double().sum(1) for some in z.split(1024, 1))  # float64 without a pass that converts one number at a time
+        active += (z > 0).to(z).sum(1).sum(1, dtype=torch.float64)
         error += ((x_hat - xs) / unit).square().view(K, -1).sum(1, dtype=torch.float64)
         for acc, codes in zip(accumulators, z):
             if codes.isfinite().all(): acc.update(codes, None if clusters is None else clusters[part])
@@ -265,7 +310,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #a8c63842
+# %% ../nbs/core/05_sae.ipynb #2d898b0e
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -273,13 +318,14 @@ class _Member:
     config: SAEConfig
     seed: int
 
-def _batches(n, size, g):
-    "Endless batches of indices: a fresh permutation every epoch, cut across epoch borders."
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < size: order = torch.cat([order, torch.randperm(n, generator=g)])
-        yield order[:size]
-        order = order[size:]
+class _Order:
+    "Endless indices: a fresh permutation every epoch, cut across epoch borders."
+    def __init__(self, n, g): self.n, self.generator, self.left = n, g, torch.empty(0, dtype=torch.long)
+    def __call__(self, count):
+        epochs = [torch.randperm(self.n, generator=self.generator) for _ in range(len(self.left), count, self.n)]
+        order = torch.cat([self.left, *epochs])
+        self.left = order[count:].clone()  # not a view, which would keep all of them
+        return order[:count]
 
 def _initial_rows(n_neurons, n_features, config, g):
     "Random rows of norm 1; Xavier-uniform ones where norms are free (the paper's)."
@@ -288,7 +334,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #c2886bbb
+# %% ../nbs/core/05_sae.ipynb #58390575
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -307,7 +353,28 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #fb83b975
+# %% ../nbs/core/05_sae.ipynb #31c487db
+class _Adam:
+    "Adam, called directly: what torch.optim does around it takes longer than the step of a small stack."
+    def __init__(self, params, beta2, steps=0, moments=None):
+        self.params, self.beta2 = {name: p.data for name, p in params.items()}, beta2
+        self.moments = moments or [[torch.zeros_like(p) for p in self.params.values()] for _ in range(2)]
+        self.steps = [torch.full((), float(steps), device=p.device) for p in self.params.values()]
+
+    def step(self, grads, lr):
+        "Move the parameters by their gradients, in place."
+        params, grads = list(self.params.values()), [grads[name].contiguous() for name in self.params]
+        torch._foreach_add_(self.steps, 1)
+        if params[0].device.type in ("cpu", "cuda"):
+            return torch._fused_adam_(params, grads, *self.moments, [], self.steps, lr=lr, beta1=.9, beta2=self.beta2, weight_decay=0.,
+                                      eps=1e-8, amsgrad=False, maximize=False)
+        t = self.steps[0].item()
+        for p, g, m, v in zip(params, grads, *self.moments):
+            m.lerp_(g, .1)
+            v.lerp_(g.square(), 1 - self.beta2)
+            p.addcdiv_(m, (v / (1 - self.beta2**t)).sqrt_().add_(1e-8), value=-lr / (1 - .9**t))
+
+# %% ../nbs/core/05_sae.ipynb #95e4ee9c
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -317,7 +384,7 @@ class _Trainer:
         generators = {s: torch.Generator().manual_seed(s) for s in seeds}
         rows = {s: _initial_rows(n, d, c, g) for s, g in generators.items()}
         self.size = min(c.batch_size, x.shape[1])
-        self.batches = {s: _batches(x.shape[1], self.size, g) for s, g in generators.items()}
+        self.orders = {s: _Order(x.shape[1], g) for s, g in generators.items()}
         kind = make_kind(c.kind, k=c.k, bandwidth=c.bandwidth, prefixes=c.prefixes if c.kind == "matryoshka" else None)
         with torch.random.fork_rng(devices=[]): self.sae = SparseAutoencoder(n, d, len(members), None if kind else c.k, c.tied, kind=kind).to(x)
         start = torch.stack([rows[m.seed] for m in members]).to(x)
@@ -327,43 +394,49 @@ class _Trainer:
         self._optimise()
 
     def _optimise(self, moments=None):
-        params = list(self.sae.parameters())
-        self.adam = torch.optim.Adam(params, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=self.x.device.type in ("cpu", "cuda"))
-        for p, m in zip(params, moments or []): self.adam.state[p] = m
+        self.adam = _Adam(dict(self.sae.named_parameters()), self.config.beta2, self.steps, moments)
+        self.work, self.rows = {}, torch.tensor([[m.data * self.x.shape[1]] for m in self.members])
 
     def keep(self, i):
         "Go on with the members at positions `i` only."
-        moments = [{k: v if v.ndim == 0 else v[i] for k, v in self.adam.state[p].items()} for p in self.sae.parameters()]
+        moments = [[t[i] for t in m] for m in self.adam.moments]
         self.sae, self.members = self.sae[i], [self.members[j] for j in i]
         self._optimise(moments)
 
-# %% ../nbs/core/05_sae.ipynb #19d3c083
+    def draw(self, steps):
+        "What each member sees in the next steps, as rows of the data sets end to end: (steps, K * B)."
+        drawn = {s: order(steps * self.size) for s, order in self.orders.items()}
+        rows = torch.stack([drawn[m.seed] for m in self.members]) + self.rows
+        return rows.view(len(rows), steps, -1).transpose(0, 1).flatten(1).to(self.x.device)
+
+# %% ../nbs/core/05_sae.ipynb #70d5fc28
+_AHEAD = 2**20 # samples of a stack that are drawn at once
+
 @torch.no_grad()
 def _run(t:_Trainer, steps, tick):
     "`steps` steps, the rate decaying to 0 over them (constant with `epochs`); returns each member's mean loss."
-    c, x, sae, n, total = t.config, t.x, t.sae, t.x.shape[-1], 0.
-    mean = c.reduction == "mean"
+    c, x, sae, n, total = t.config, t.x.flatten(0, 1), t.sae, t.x.shape[-1], 0.
+    mean, ahead = c.reduction == "mean", max(1, _AHEAD // (len(t.members) * t.size))
     l1 = torch.tensor([m.config.l1 / (sae.n_features if mean else 1) for m in t.members]).to(x).view(-1, 1, 1)
-    data = torch.tensor([m.data for m in t.members], device=x.device)[:, None]
-    directions = sae.weight if c.tied else sae.decoder  # the rows that are held at norm 1
-    parameters = dict(sae.named_parameters())
+    flat = x.new_empty(len(t.members) * t.size, n)
+    batch = flat.view(len(t.members), t.size, n)
+    name = "weight" if c.tied else "decoder"  # the rows that are held at norm 1
+    directions = t.adam.params[name]
     for step in range(steps):
-        drawn = {s: next(b) for s, b in t.batches.items()}
-        batch = x[data, torch.stack([drawn[m.seed] for m in t.members]).to(x.device)]
-        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1.)
+        if step % ahead == 0: rows = t.draw(min(ahead, steps - step))
+        torch.index_select(x, 0, rows[step % ahead], out=flat)
+        grads, loss = sae_gradients(sae, batch, l1, 1 / n if mean else 1., t.work)
         total += loss
-        for name, p in parameters.items(): p.grad = grads[name]
         if c.unit_norm: # only the part of the step along the sphere
-            directions.grad -= (directions.grad * directions).sum(-1, keepdim=True) * directions
+            grads[name].addcmul_((grads[name] * directions).sum(-1, keepdim=True), directions, value=-1)
         t.steps += 1
         rate = c.lr * min(1., t.steps / max(1, c.warmup))
-        t.adam.param_groups[0]["lr"] = rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2
-        t.adam.step()
+        t.adam.step(grads, rate if c.epochs else rate * (1 + math.cos(math.pi * step / steps)) / 2)
         if c.unit_norm: directions.div_(directions.norm(dim=-1, keepdim=True))
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #8d9b5f4c
+# %% ../nbs/core/05_sae.ipynb #5a861cac
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -386,7 +459,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #1af8d92a
+# %% ../nbs/core/05_sae.ipynb #40eddc49
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -404,7 +477,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #ce834f67
+# %% ../nbs/core/05_sae.ipynb #30bd9297
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -421,7 +494,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #7d1f9d7d
+# %% ../nbs/core/05_sae.ipynb #9103701f
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -440,7 +513,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #f909f6fc
+# %% ../nbs/core/05_sae.ipynb #db2998af
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -468,7 +541,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #a7b2fb1b
+# %% ../nbs/core/05_sae.ipynb #2c17f8ed
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['USED', 'DETOUR', 'step_bound', 'sparse_codes', 'detour', 'refine']
 
-# %% ../nbs/core/04_sparse_coding.ipynb #51863f2e
+# %% ../nbs/core/04_sparse_coding.ipynb #58eb0bb0
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/04_sparse_coding.ipynb #fb15d119
+# %% ../nbs/core/04_sparse_coding.ipynb #19a0b750
 def step_bound(W:Tensor, # (K, D, N) dictionaries
               )->Tensor: # (K, 1, 1) bound on the curvature of |x - zW|^2
     "Lipschitz constant of the gradient, with a margin of a tenth for a dictionary that moves a little."
@@ -36,7 +36,7 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
         y, z = torch.lerp(z, new, 1 + momentum / t), new
     return z
 
-# %% ../nbs/core/04_sparse_coding.ipynb #fbcd48d8
+# %% ../nbs/core/04_sparse_coding.ipynb #54613363
 def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
            usage:Tensor, # (K, D) mean code of each row
            slack:float=1/3, # λ of the writing: how much error is traded for how much penalty
@@ -51,7 +51,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
         y, a = torch.lerp(a, new, 1 + momentum / t), new
     return (W - a @ W).square().sum(-1) / slack + a.sum(-1)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #820a53b8
+# %% ../nbs/core/04_sparse_coding.ipynb #c4f50e07
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
 
 def _typical(usage): return (usage.square().sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
@@ -73,7 +73,7 @@ def _at_most(D, W, usage):
     if W.shape[1] > D: W, = _pack(torch.zeros_like(usage, dtype=torch.bool).scatter(1, usage.topk(D).indices, True), W)
     return torch.cat([W, W.new_zeros(len(W), D - W.shape[1], W.shape[2])], 1)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #d42ee649
+# %% ../nbs/core/04_sparse_coding.ipynb #81e549a1
 def _moments(z): return z.mean(1), z.square().mean(1)
 
 def _price(usage, squares, l1, power):
@@ -98,7 +98,7 @@ def _births(x, ids, W, l1, count, generators):
     picked = torch.stack([torch.multinomial(g, count, generator=rng) for g, rng in zip(gain, generators)]).to(x.device)
     return torch.nn.functional.normalize(x.gather(1, picked[..., None].expand(-1, -1, x.shape[2])), dim=-1)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #4603c406
+# %% ../nbs/core/04_sparse_coding.ipynb #767b2b0f
 def _codes(x, W, price, bound):
     "Codes by FISTA, then again with a lower price for large codes."
     z = sparse_codes(x, W, price, 20, bound=bound)
@@ -117,7 +117,7 @@ def _mean_row(v): return v.sum(1, keepdim=True) / v.any(-1).sum(1).clamp_min(1).
 
 def _ramp(f, start, end): return min(1, max(0, (f - start) / (end - start)))  # 0 up to start, 1 from end on
 
-# %% ../nbs/core/04_sparse_coding.ipynb #bb555984
+# %% ../nbs/core/04_sparse_coding.ipynb #4b4e1d93
 @torch.no_grad()
 def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations, (S, N)
            W:Tensor,             # (K, D, N) dictionaries to start from, rows of norm 1

@@ -67,6 +67,32 @@ def test_gradients_equal_autograd(shape, batch, mean, l1):
         assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bias", [-4., -1.5, -.5, -99.])
+def test_few_active_codes_have_the_same_gradients(monkeypatch, dtype, tolerance, bias):
+    "Skipping codes that are zero is faster and changes nothing, whether some, most or all are."
+    sae, x, l1 = filled(130, 150, stack=3, dtype=dtype), torch.randn(3, 40, 130, generator=generator(1)).to(dtype), torch.tensor([0., .3, 2.], dtype=dtype).view(3, 1, 1)
+    sae.weight.data = nn.functional.normalize(sae.weight.data, dim=-1)
+    sae.bias.data = sae.bias.data * .1 + bias
+    found = []
+    for few in (0., 1.):
+        monkeypatch.setattr(module, "_FEW", few)
+        found.append(sae_gradients(sae, x, l1, .7))
+    assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+
+
+def test_training_takes_the_way_of_few_codes_and_ends_the_same(monkeypatch):
+    x, used, true = planted_activations(256, 128, 300).activations, [], module._few_codes
+    monkeypatch.setattr(module, "_few_codes", lambda *args: (used.append(1), true(*args))[1])
+    config = replace(QUICK, expansion=4, l1=3., steps=60, tolerance=1e-12)
+    a = fit(x, config, seeds=2)
+    assert 0 < len(used) < 120  # not while most codes are active
+    monkeypatch.setattr(module, "_WIDE", 129)
+    b = fit(x, config, seeds=2)
+    assert_close(a.sae.state_dict(), b.sae.state_dict(), rtol=1e-3, atol=1e-3)
+    assert a.table.effective_features.tolist() == pytest.approx(b.table.effective_features.tolist(), rel=1e-3)
+
+
 @given(shape=shapes, lead=st.lists(st.integers(1, 3), max_size=2), lasso=st.booleans())
 def test_forward_is_decode_of_encode(shape, lead, lasso):
     shape = {**shape, "k": shape["k"] and min(shape["k"], shape["d"])}
@@ -379,11 +405,29 @@ def test_epochs():
 
 def test_rate(monkeypatch):
     "Rises over `warmup` steps of the first round, and falls to zero in every round."
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    rates, step = [], module._Adam.step
+    monkeypatch.setattr(module._Adam, "step", lambda self, grads, lr: (rates.append(lr), step(self, grads, lr))[1])
     fit(config=replace(QUICK, tolerance=1e-12, lr=.01))
     expected = [.01 * min(1, (i + 1) / 10) * (1 + math.cos(math.pi * (i % 40) / 40)) / 2 for i in range(80)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_is_that_of_torch(fused):
+    "Ten steps with a changing rate, then more with members taken out."
+    g, start = generator(), {"a": torch.randn(3, 4, 2, dtype=torch.float64), "b": torch.randn(3, 4, dtype=torch.float64)}
+    class Elsewhere(torch.Tensor): # says that it lies on another device, where there is no fused step
+        device = property(lambda self: torch.device("cpu") if fused else torch.device("meta"))
+    ours, theirs = {k: nn.Parameter(v.clone()) for k, v in start.items()}, {k: nn.Parameter(v.clone()) for k, v in start.items()}
+    adam, reference = module._Adam(ours, .99), torch.optim.Adam(theirs.values(), betas=(.9, .99))
+    adam.params = {k: p if fused else p.as_subclass(Elsewhere) for k, p in adam.params.items()}
+    for i in range(10):
+        grads = {k: torch.randn(v.shape, generator=g, dtype=torch.float64) for k, v in start.items()}
+        for k, p in theirs.items(): p.grad = grads[k].clone()
+        reference.param_groups[0]["lr"] = .1 / (i + 1)
+        reference.step()
+        adam.step(grads, .1 / (i + 1))
+    for k in start: assert_close(ours[k], theirs[k], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [QUICK, LASSO], ids=KINDS)

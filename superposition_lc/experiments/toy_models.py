@@ -52,14 +52,17 @@ def toy_gradients(W:Tensor,          # (K, N, M) weights of K models
                   b:Tensor,          # (K, M) biases
                   f:Tensor,          # (K, B, M) features
                   importance:Tensor, # (M,) weight of each feature's error
+                  work:dict|None=None, # buffers that calls of one shape share
                  )->tuple:           # gradients of W and of b, and the (K,) losses
     "Gradients of sum_i w_i (f_i - f'_i)^2, averaged over the batch (Section 3.1), without autograd."
-    x = torch.bmm(f, W.mT)
-    out = torch.baddbmm(b[:, None], x, W).relu_()
-    e = out - f
-    loss = (e.square() * importance).sum((1, 2)) / f.shape[1]
-    d = torch.ops.aten.threshold_backward(e.mul_(importance * (2 / f.shape[1])), out, 0)  # 0 where the output is
-    return torch.bmm(x.mT, d).baddbmm_(torch.bmm(W, d.mT), f), d.sum(1), loss
+    f, B, work = f.mT, f.shape[1], {} if work is None else work # samples on the last axis: products are faster so
+    if not work: work |= dict(x=f.new_empty(len(W), W.shape[1], B), out=f.new_empty(f.shape), e=f.new_empty(f.shape))
+    x, out, e = work.values()
+    torch.baddbmm(b[..., None], W.mT, torch.bmm(W, f, out=x), out=out).relu_()
+    loss = torch.linalg.vector_norm(torch.sub(out, f, out=e), dim=2).square_() @ importance / B
+    torch.ops.aten.threshold_backward.grad_input(e.mul_(importance[:, None] * (2 / B)), out, 0, grad_input=e)  # 0 where the output is
+    gradient = torch.bmm(x, e.mT)
+    return gradient.baddbmm_(torch.bmm(W, e, out=x), f.mT), e.sum(2), loss
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #413c8331
 def train_toy_models(sparsity:Sequence[float],  # (K,) S of each model, in [0, 1)
@@ -81,17 +84,18 @@ def train_toy_models(sparsity:Sequence[float],  # (K,) S of each model, in [0, 1
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(len(S), n_neurons, n_features, generator=g).mul_(math.sqrt(2 / (n_neurons + n_features)))
     b, w = torch.zeros(len(S), n_features), importance**torch.arange(n_features)
-    adam = torch.optim.Adam([W, b], lr, betas=(.9, .99), fused=True)
+    adam, f, work = torch.optim.Adam([W, b], lr, betas=(.9, .99), fused=True), torch.empty(len(S), n_features, batch_size), {}
     for step in progress_bar(range(steps), f"training {len(S)} toy model(s)", progress, unit="step"):
-        W.grad, b.grad, _ = toy_gradients(W, b, _features(torch.rand(batch_size, n_features, generator=g), S), w)
+        _features(torch.rand(batch_size, n_features, generator=g).T.contiguous(), S, f)
+        W.grad, b.grad, _ = toy_gradients(W, b, f.mT, w, work)
         adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         adam.step()
     return W, b
 
-def _features(u, S):
-    "Features from uniform draws (..., B, M): zero with probability S, else uniform; a leading axis over S is added."
+def _features(u, S, out=None):
+    "Features from uniform draws of any shape: zero with probability S, else uniform; a leading axis over S is added."
     S = S.to(u).view(-1, 1, 1)
-    return torch.addcmul(-S / (1 - S), u, 1 / (1 - S)).clamp_(min=0)
+    return torch.addcmul(-S / (1 - S), u, 1 / (1 - S), out=out).clamp_(min=0)
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #705896f2
 def _as_stack(W, name="W"):

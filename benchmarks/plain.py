@@ -1,0 +1,82 @@
+"""The loops people write today: one model at a time, nn.Module, DataLoader, autograd, Adam; one input at a time for activations."""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class PlainSAE(nn.Module):
+    "A tied ReLU autoencoder (paper, Section 3.2)."
+
+    def __init__(self, n_neurons: int, n_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_features, n_neurons)))
+        self.bias = nn.Parameter(torch.zeros(n_features))
+
+    def forward(self, x):
+        z = F.relu(F.linear(x, self.weight, self.bias))
+        return z @ self.weight, z
+
+
+def loader(x: torch.Tensor, batch_size: int, seed: int = 0) -> DataLoader:
+    "Shuffled batches of the rows of x."
+    return DataLoader(TensorDataset(x), batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def train_sae(model: nn.Module, batches: DataLoader, epochs: int, l1: float = .1, lr: float = 1e-3) -> list[float]:
+    "Mean loss of every epoch; the loss is the released code's, means over neurons and over the dictionary."
+    adam, losses = torch.optim.Adam(model.parameters(), lr), []
+    for _ in range(epochs):
+        total = 0.
+        for x, in batches:
+            x_hat, z = model(x)
+            loss = F.mse_loss(x_hat, x) + l1 * z.abs().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            total += loss.item()
+        losses.append(total / len(batches))
+    return losses
+
+
+class PlainToyModel(nn.Module):
+    "Elhage et al.'s model: f' = ReLU(W^T W f + b) (paper, Section 3.1)."
+
+    def __init__(self, n_features: int, n_neurons: int):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(n_neurons, n_features)))
+        self.bias = nn.Parameter(torch.zeros(n_features))
+
+    def forward(self, f): return F.relu(F.linear(F.linear(f, self.weight), self.weight.T, self.bias))
+
+
+def features(n: int, n_features: int, sparsity: float) -> torch.Tensor:
+    "Features (n, n_features): each is zero with probability `sparsity`, else uniform on [0, 1]."
+    return torch.rand(n, n_features) * (torch.rand(n, n_features) >= sparsity)
+
+
+def train_toy_model(model: nn.Module, batches, importance: torch.Tensor, steps: int, lr: float = 1e-2) -> list[float]:
+    "Loss of every step; `batches` gives the features of `steps` steps, as a DataLoader does; the rate decays to 0."
+    adam, losses = torch.optim.Adam(model.parameters(), lr, betas=(.9, .99)), []
+    for step, (f,) in enumerate(batches):
+        adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        loss = (importance * (f - model(f)) ** 2).sum(1).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+def capture(model: nn.Module, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    "The layer's output for every input, neurons last: (S, N); positions of an image are samples."
+    kept = []
+    handle = layer.register_forward_hook(lambda module, args, output: kept.append(output.detach().cpu()))
+    model.eval()
+    with torch.no_grad():
+        for image in x:
+            model(image[None])
+    handle.remove()
+    return torch.cat([out.movedim(1, -1).reshape(-1, out.shape[1]) for out in kept])

@@ -1,0 +1,156 @@
+"""The benchmark's two sides compute the same thing; the table is whole. Nothing here is timed."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from superposition_lc import sae as sae_module
+from superposition_lc.activations import capture
+from superposition_lc.experiments import toy_models
+from superposition_lc.sae import SAEConfig, train_sae
+
+
+@pytest.fixture(scope="module")
+def benchmarks(root):
+    "The modules `bench` and `plain`."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "benchmarks")
+        import bench
+        import plain
+        yield bench, plain
+
+
+@pytest.fixture(scope="module")
+def quick(benchmarks, tmp_path_factory):
+    "A quick run, kept."
+    path = tmp_path_factory.mktemp("bench") / "kept" / "table.json"
+    assert benchmarks[0].main(["--quick", "--threads", "1", "--out", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def batches(samples, order, size):
+    "A DataLoader over the rows in this order."
+    from torch.utils.data import DataLoader, TensorDataset
+    return DataLoader(TensorDataset(samples), size, sampler=order)
+
+
+def test_autoencoders_of_both_sides_are_the_same(benchmarks):
+    "Same start, same batches: a stack's members end where the plain loop takes them one by one, with its losses."
+    _, plain = benchmarks
+    x, config = torch.rand(3, 96, 5, generator=torch.Generator().manual_seed(0)), SAEConfig.released(expansion=8., batch_size=96, epochs=12, patience=99)
+    trained = train_sae(x, config, [4], progress=False)
+    for i in range(len(x)):
+        model = plain.PlainSAE(5, 40)
+        model.weight.data = sae_module._initial_rows(5, 40, config, torch.Generator().manual_seed(4))
+        losses = plain.train_sae(model, batches(x[i], range(96), 96), 12)
+        assert_close(trained.sae.weight[i], model.weight, rtol=1e-4, atol=1e-5)
+        assert_close(trained.sae.bias[i], model.bias, rtol=1e-4, atol=1e-5)
+        assert trained.history.query("data == @i").loss.tolist() == pytest.approx(losses, rel=1e-4)
+
+
+def test_what_is_timed_is_what_train_sae_runs(benchmarks):
+    "The benchmark's stack, run for an epoch, is `train_sae` for an epoch."
+    bench, _ = benchmarks
+    x = torch.rand(2, 64, 5, generator=torch.Generator().manual_seed(0))
+    stack = bench.stack(x, 8, 16)
+    bench.steps(stack, 4)()
+    trained = train_sae(x, SAEConfig.released(expansion=8, batch_size=16, epochs=1), [0], progress=False)
+    assert_close(stack.sae.weight, trained.sae.weight)
+    assert_close(stack.sae.bias, trained.sae.bias)
+
+
+def test_toy_models_of_both_sides_are_the_same(benchmarks):
+    "Same start and features, decaying rate: the same weights."
+    _, plain = benchmarks
+    S, steps, w = [.2, .9], 30, .7 ** torch.arange(6)
+    W, b = toy_models.train_toy_models(S, 6, 3, steps=steps, batch_size=32, seed=1, progress=False)
+    for k, s in enumerate(S):
+        g = torch.Generator().manual_seed(1)
+        start = torch.randn(2, 3, 6, generator=g).mul_(math.sqrt(2 / 9))
+        model = plain.PlainToyModel(6, 3)
+        model.weight.data = start[k].clone()
+        plain.train_toy_model(model, [(((torch.rand(32, 6, generator=g) - s) / (1 - s)).relu(),) for _ in range(steps)], w, steps)
+        assert_close(W[k], model.weight.data, rtol=1e-3, atol=1e-4)
+        assert_close(b[k], model.bias.data, rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_both_sides_are_alike(benchmarks):
+    "Zero with probability S, else uniform."
+    _, plain = benchmarks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = plain.features(20_000, 4, .3)
+        ours = toy_models._features(torch.rand(20_000, 4), torch.tensor([.3]))[0]
+    for f in (theirs, ours):
+        assert (f == 0).float().mean().item() == pytest.approx(.3, abs=.01)
+        assert_close(f[f > 0].quantile(torch.tensor([.25, .5, .75])), torch.tensor([.25, .5, .75]), rtol=0, atol=.02)
+
+
+def test_activations_of_both_sides_are_the_same(benchmarks):
+    bench, plain = benchmarks
+    for model, x, layer in bench.networks().values():
+        ours = capture(model, x[:40], layer, batch_size=16, progress=False)[layer]
+        theirs = plain.capture(model, x[:40], model[int(layer)])
+        assert_close(ours.values, theirs, rtol=1e-4, atol=1e-5)
+        assert ours.values.std() > 0
+
+
+def test_table_is_whole(benchmarks, quick, capsys):
+    "One line a figure, numbers that are numbers, and where they come from."
+    bench, _ = benchmarks
+    names = [t["name"] for t in quick["table"]]
+    assert len(set(names)) == len(names)
+    assert {"sae_step", "toy_step", "capture", "peak_4096", "peak_32768", "figure_3a", *(f"slope_{a}" for a in "DNBKS")} <= set(names)
+    for t in quick["table"]:
+        assert math.isfinite(t["value"]) and t["low"] <= t["value"] <= t["high"]
+        assert (t["met"] is None) == (t["target"] is None) and all(v > 0 for v in t["seconds"].values())
+    assert quick["provenance"]["quick"] and {"versions", "machine", "cores_used", "clock", "time", "instructions"} <= quick["provenance"].keys()
+    shown = bench.show(quick["table"]).splitlines()
+    assert len(shown) == 1 + len(names)
+
+
+def test_kept_table_is_of_this_benchmark(root, quick):
+    "The docs quote results/bench.json: it has these lines, these targets, and was no quick run."
+    kept = json.loads((root / "results" / "bench.json").read_text(encoding="utf-8"))
+    aims = lambda table: [(t["name"], t["unit"], t["target"], t["goal"], t["at_most"]) for t in table["table"] if t["target"] is not None]
+    assert aims(kept) == aims(quick), "run `make bench`"
+    assert not kept["provenance"]["quick"]
+
+
+def test_threads_and_random_numbers_are_left_alone(benchmarks):
+    bench, _ = benchmarks
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    bench.measure(bench.Run(quick=True, threads=2), ["capture"])
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_line_by_hand(benchmarks):
+    bench, _ = benchmarks
+    line = bench.row("a", "what", "x", [1, 5, 3], 3)
+    assert (line["value"], line["low"], line["high"], line["rounds"], line["met"]) == (3, 1, 5, 3, True)
+    assert not bench.row("a", "", "", [2.9], 3)["met"] and not bench.row("a", "", "", [3.1], 3, at_most=True)["met"]
+    assert bench.row("a", "", "", [1.])["met"] is None
+    assert "NOT MET" in bench.show([bench.row("a", "", "", [1.], 2)])
+
+
+def test_slope_is_the_exponent(benchmarks):
+    bench, _ = benchmarks
+    assert bench.slope([1, 2, 4, 8], [3 * v**.7 for v in (1, 2, 4, 8)]) == pytest.approx(.7)
+
+
+def test_rounds_take_turns(benchmarks):
+    "Every side once a round, first here then there; the first round is not kept."
+    bench, _ = benchmarks
+    calls = []
+    table = bench.Run().rounds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert "".join(calls) == "baabbaab" and table.shape == (3, 2) and (table.to_numpy() >= 0).all()
+
+
+@pytest.mark.parametrize("bad", [["--threads", "0"], ["--only", "nothing"], ["--clock", "sun"]], ids=str)
+def test_bad_arguments(benchmarks, bad, capsys):
+    with pytest.raises(SystemExit):
+        benchmarks[0].main(bad)
+    assert bad[0] in capsys.readouterr().err
