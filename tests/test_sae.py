@@ -343,6 +343,7 @@ def test_energy_scale_of_extreme_values(size):
 @pytest.mark.parametrize("factor", [1e-3, 1e3, 1e-25, 1e25])
 def test_units_of_the_network_change_nothing(factor, config):
     "The same F, L0 and FVU, and decode returns the units that came in."
+    config = replace(config, refine_steps=480)  # a short refinement amplifies rounding
     a, b = fit(config=config), fit(X * factor, config)
     for name, tolerance in [("effective_features", 1e-3), ("l0", 1e-2), ("fvu", 1e-2)]:
         assert b.table[name].item() == pytest.approx(a.table[name].item(), rel=tolerance)
