@@ -23,7 +23,7 @@ from torch import nn
 
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import sweep, grokking, parity, toy_models
+from .experiments import algorithmic, sweep, grokking, parity, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -102,6 +102,7 @@ EXPERIMENTS = dict(
     adversarial=sweep,
     grokking=grokking,
     parity=parity,
+    algorithmic=algorithmic,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
