@@ -23,7 +23,7 @@ from torch import nn
 
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import sweep, grokking, parity, language, toy_models
+from .experiments import algorithmic, grokking, language, parity, sweep, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -99,10 +99,11 @@ def _load_weights(net, path):
 # %% ../nbs/core/09_cli.ipynb #35cf38d2
 EXPERIMENTS = dict(
     toy_models=toy_models,
-    adversarial=sweep,
-    grokking=grokking,
     parity=parity,
     language=language,
+    algorithmic=algorithmic,
+    grokking=grokking,
+    adversarial=sweep,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
