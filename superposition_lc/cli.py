@@ -23,7 +23,7 @@ from torch import nn
 
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import sweep, grokking, parity, language, toy_models
+from .experiments import algorithmic, sweep, grokking, parity, language, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .runs import atomic_path, provenance
@@ -103,6 +103,7 @@ EXPERIMENTS = dict(
     grokking=grokking,
     parity=parity,
     language=language,
+    algorithmic=algorithmic,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162
