@@ -443,9 +443,11 @@ def test_verdict_on_a_known_table():
     rows = [dict(common, network="compressed", n=n, seed=s, layer=l, effective_features=F * n, superposition=F, accuracy=a, kept_rank=k)
             for n, s, l, F, a, k in [(8, 0, "layer 0", 1.2, 1., 9), (8, 0, "layer 1", .9, 1., 9), (8, 1, "layer 0", 1.4, 1., 10), (8, 1, "layer 1", .9, 1., 7), (8, 2, "layer 0", 9., .9, 30),
                                      (4, 0, "layer 0", 2., .99, 3)]]
+    rows[2]["warning"] = "dense code"
     rows += [dict(common, task="planted", network="orthogonal", n=8, seed=0, layer="", effective_features=8.4, superposition=1.05, known=8.)]
     v = verdict(pd.DataFrame(rows)).set_index("n")
     assert v.loc[8, ["seeds", "solved", "kept_rank"]].tolist() == [3, 2, 10] and v.psi_default[8] == pytest.approx(1.3) and v.control[8] == pytest.approx(1.05)
+    assert v.psi_unflagged[8] == pytest.approx(1.2) and v.flagged[8] == .25
     assert v.solved[4] == 0 and math.isnan(v.psi_default[4]) and math.isnan(v.kept_rank[4])
 
 
