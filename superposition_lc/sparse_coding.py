@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['USED', 'DETOUR', 'step_bound', 'sparse_codes', 'detour', 'refine']
 
-# %% ../nbs/core/04_sparse_coding.ipynb #58eb0bb0
+# %% ../nbs/core/04_sparse_coding.ipynb #9f80c987
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/core/04_sparse_coding.ipynb #19a0b750
+# %% ../nbs/core/04_sparse_coding.ipynb #46a31b05
 def step_bound(W:Tensor, # (K, D, N) dictionaries
               )->Tensor: # (K, 1, 1) bound on the curvature of |x - zW|^2
     "Lipschitz constant of the gradient, with a margin of a tenth for a dictionary that moves a little."
@@ -36,7 +36,7 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
         y, z = torch.lerp(z, new, 1 + momentum / t), new
     return z
 
-# %% ../nbs/core/04_sparse_coding.ipynb #54613363
+# %% ../nbs/core/04_sparse_coding.ipynb #ddf005c4
 def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
            usage:Tensor, # (K, D) mean code of each row
            slack:float=1/3, # λ of the writing: how much error is traded for how much penalty
@@ -51,7 +51,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
         y, a = torch.lerp(a, new, 1 + momentum / t), new
     return (W - a @ W).square().sum(-1) / slack + a.sum(-1)
 
-# %% ../nbs/core/04_sparse_coding.ipynb #c4f50e07
+# %% ../nbs/core/04_sparse_coding.ipynb #cc28887c
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
 
 def _typical(usage): return (usage.square().sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
@@ -64,41 +64,15 @@ def _pack(keep, *tensors):
     take = lambda t: t.gather(1, order[..., None].expand(-1, -1, t.shape[2])) * kept[..., None] if t.ndim == 3 else t.gather(1, order) * kept
     return [take(t) for t in tensors]
 
-def _prune(W, usage, *others):
-    W, usage, *others = _pack(usage > USED * _typical(usage), W, usage, *others)
-    return _pack((detour(W, usage) >= DETOUR) & (usage > 0), W, usage, *others)
+def _prune(W, usage, *moments):
+    W, usage, *moments = _pack(usage > USED * _typical(usage), W, usage, *moments)
+    return _pack((detour(W, usage) >= DETOUR) & (usage > 0), W, usage, *moments)
 
-def _at_most(D, W, usage):
-    "The D rows that are used most, and zeros up to D."
-    if W.shape[1] > D: W, = _pack(torch.zeros_like(usage, dtype=torch.bool).scatter(1, usage.topk(D).indices, True), W)
-    return torch.cat([W, W.new_zeros(len(W), D - W.shape[1], W.shape[2])], 1)
+# %% ../nbs/core/04_sparse_coding.ipynb #deafc5e0
+def _price(usage, l1):
+    "Penalty of each row, (K, 1, D): rarely used rows pay more."
+    return (l1 * (usage / _typical(usage)).clamp_min(1e-9).pow(-.2).clamp(.3, 4))[:, None]
 
-# %% ../nbs/core/04_sparse_coding.ipynb #81e549a1
-def _moments(z): return z.mean(1), z.square().mean(1)
-
-def _price(usage, squares, l1, power):
-    "Penalty of each row, (K, 1, D): rows of small codes pay more, by `power`, and so do rarely used ones."
-    strength = squares / usage.clamp_min(1e-12)
-    typical = squares.sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)
-    factor = (strength / typical.clamp_min(1e-12)).clamp_min(1e-9).pow(-power).clamp(.3, 2.2)
-    return (l1 * (factor * (usage / _typical(usage)).clamp_min(1e-9).pow(-.1)).clamp(.3, 4))[:, None]
-
-def _first(ids): # (K, B) -> (K, B) bool: not seen before in its row; samples drawn twice are born once
-    order = ids.sort(dim=1, stable=True)
-    new = torch.nn.functional.pad(order.values.diff(dim=1) != 0, (1, 0), value=True)
-    return torch.zeros_like(new).scatter(1, order.indices, new)
-
-def _births(x, ids, W, l1, count, generators):
-    "`count` different samples of x as rows, drawn in proportion to what the loss would lose by a row along the sample."
-    z = sparse_codes(x, W, l1[..., None], 20)
-    loss, size = l1 * z.sum(2) + (x - z @ W).square().sum(2), x.norm(dim=2)
-    alone = torch.where(size > l1 / 2, l1 * size - l1.square() / 4, size.square())  # with the code of such a row at its optimum
-    gain = ((loss - alone).clamp_min(0).cpu() + 1e-9) * (first := _first(ids))
-    count = min(count, int(first.sum(1).min()))
-    picked = torch.stack([torch.multinomial(g, count, generator=rng) for g, rng in zip(gain, generators)]).to(x.device)
-    return torch.nn.functional.normalize(x.gather(1, picked[..., None].expand(-1, -1, x.shape[2])), dim=-1)
-
-# %% ../nbs/core/04_sparse_coding.ipynb #767b2b0f
 def _codes(x, W, price, bound):
     "Codes by FISTA, then again with a lower price for large codes."
     z = sparse_codes(x, W, price, 20, bound=bound)
@@ -113,43 +87,34 @@ def _row_step(W, z, x, m, v, t, rate):
     W.addcdiv_(m / (1 - .9**t), (v / (1 - .999**t)).sqrt_().add_(1e-8), value=-rate)
     W.div_(W.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
-def _mean_row(v): return v.sum(1, keepdim=True) / v.any(-1).sum(1).clamp_min(1).view(-1, 1, 1)  # of rows that are not zero
-
-def _ramp(f, start, end): return min(1, max(0, (f - start) / (end - start)))  # 0 up to start, 1 from end on
-
-# %% ../nbs/core/04_sparse_coding.ipynb #4b4e1d93
+# %% ../nbs/core/04_sparse_coding.ipynb #03a0f827
 @torch.no_grad()
 def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations, (S, N)
            W:Tensor,             # (K, D, N) dictionaries to start from, rows of norm 1
            usage:Tensor|None,    # (K, D) mean codes of those rows: hardly used ones do not take part; None: all do
            l1:float|Tensor,      # λ at the start, one or (K,); a quarter of it at the end
            seeds:Sequence[int],  # (K,) seed of each member's batches
-           steps:int=1800,
+           steps:int=1200,
            batch_size:int=128,
            lr:float=3e-3,        # Adam's rate, falling from 30% of the steps on
            tick:Callable=lambda n: None, # called with K after each step
           )->Tensor:             # (K, D, N): the rows that are features come first, the others are zero
-    "Dictionaries whose rows are features of their own: sparse coding with priced rows, births and pruning."
+    "Dictionaries whose rows are features of their own: sparse coding with priced rows and pruning."
     alive = [a[a.square().sum(1) > 1e-6] for a in x]  # silent samples teach nothing
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    draw = lambda n: torch.stack([torch.randint(len(a), (n,), generator=g) for a, g in zip(alive, generators)])
-    take = lambda ids: torch.stack([a[i.to(a.device)] for a, i in zip(alive, ids)])
+    draw = lambda n: torch.stack([a[torch.randint(len(a), (n,), generator=g).to(a.device)] for a, g in zip(alive, generators)])
     D, W, l1 = W.shape[1], W.clone(), torch.as_tensor(l1).to(W).expand(len(W))[:, None]
     if usage is not None: W, = _pack(usage > USED * _typical(usage), W)
-    (usage, squares), m, v = _moments(sparse_codes(take(draw(1024)), W, l1[..., None], 20)), torch.zeros_like(W), torch.zeros_like(W)
+    usage, m, v = sparse_codes(draw(1024), W, l1[..., None], 20).mean(1), torch.zeros_like(W), torch.zeros_like(W)
     for t in range(1, steps + 1):
         f = (t - 1) / steps
         if t % 10 == 1: bound = step_bound(W)
-        xb = take(draw(batch_size))
-        z = _codes(xb, W, _price(usage, squares, l1 * .25**_ramp(f, .4, .9), 1 + _ramp(f, .5, .7)), bound)
-        usage, squares = (old.lerp(new, .02) for old, new in zip((usage, squares), _moments(z)))
-        _row_step(W, z, xb, m, v, t, lr * (1 + math.cos(math.pi * _ramp(f, .3, 1))) / 2)
+        xb = draw(batch_size)
+        z = _codes(xb, W, _price(usage, l1 * .25**min(1, max(0, (f - .4) / .5))), bound)
+        usage = .98 * usage + .02 * z.mean(1)
+        _row_step(W, z, xb, m, v, t, lr * (1 + math.cos(math.pi * max(0, (f - .3) / .7))) / 2)
         if t % max(1, steps // 12) == 0:
-            W, usage, squares, m, v = _prune(W, usage, squares, m, v)
-            if f < .5 and t < steps:
-                born = _births(xb := take(ids := draw(1024)), ids, W, l1, max(16, W.shape[2] // 2), generators)
-                W, m, v = (torch.cat([a, b], 1) for a, b in ((W, born), (m, 0 * born), (v, _mean_row(v).expand_as(born))))
-                usage, squares = _moments(sparse_codes(xb, W, l1[..., None], 20))
+            W, usage, m, v = _prune(W, usage, m, v)
             bound = step_bound(W)
         tick(len(W))
-    return _at_most(D, W, usage)
+    return torch.cat([W, W.new_zeros(len(W), D - W.shape[1], W.shape[2])], 1)

@@ -21,7 +21,7 @@ from superposition_lc.rate_distortion import RateCurve, RateDistortion, area_bet
 from superposition_lc.sae import SAEConfig
 
 module = importlib.import_module("superposition_lc.rate_distortion")  # the package's attribute of this name is the function
-SMOKE = SAEConfig(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=480)
+SMOKE = SAEConfig(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=60)
 RELU = replace(SMOKE, kind="relu")
 X = planted_activations(12, 8, 500).activations
 COLUMNS = "layer l1 seed n_neurons effective_features stderr fvu l0 dead_fraction converged warning".split()
@@ -132,7 +132,7 @@ def test_the_interval_is_that_of_a_measurement(scales):
 def test_at_is_unmoved_by_the_order_of_rows(two):
     for seed in range(3):
         mixed = RateDistortion(two.table.sample(frac=1, random_state=seed), two.settings)
-        a, b = (r.at([.01, .1]).sort_values(["layer", "fvu"]).reset_index(drop=True) for r in (two, mixed))
+        a, b = (r.at([.01, .3]).sort_values(["layer", "fvu"]).reset_index(drop=True) for r in (two, mixed))
         pd.testing.assert_frame_equal(a, b)
 
 
@@ -288,7 +288,7 @@ def test_the_row_of_the_configured_penalty_is_the_measurement(retrain):
     r, m = traced(X, [.1, SMOKE.l1, 3.], retrain=retrain), measure_activations(X, SMOKE, 2, progress=False)
     rows = r.table[r.table.l1 == SMOKE.l1]
     for c in ("effective_features", "stderr", "fvu", "l0", "dead_fraction"):
-        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=.02), c
+        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=1e-3), c
     assert r.settings["retrain"] is retrain
 
 
@@ -305,12 +305,12 @@ def test_the_default_grid_lies_around_the_configured_penalty():
     assert traced(seeds=1, config=replace(SMOKE, l1=2 * SMOKE.l1)).settings["grid"] == pytest.approx([2 * v for v in r.settings["grid"]])
 
 
-@pytest.mark.parametrize("unit", [2.**10, 2.**-10])
+@pytest.mark.parametrize("unit", [1e3, 1e-3])
 def test_units_change_nothing(unit, two):
-    "Powers of two, which round nothing: a short refinement on few samples amplifies rounding as another seed would."
+    "The default estimator at smoke size."
     a, b = two.table[two.table.layer == "fc"].reset_index(drop=True), traced(unit * X, [.2, .6, 2., 6.]).table
     for c in ("effective_features", "fvu", "l0"):
-        assert b[c].to_numpy() == pytest.approx(a[c].to_numpy(), rel=1e-6), c
+        assert b[c].to_numpy() == pytest.approx(a[c].to_numpy(), rel=.02), c
 
 
 def test_retrained_autoencoders_at_equal_distortion_do_not_see_units():

@@ -3,9 +3,7 @@ import dataclasses
 import json
 import math
 import random
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -20,7 +18,7 @@ from superposition_lc.sparse_coding import sparse_codes
 
 replace = dataclasses.replace
 QUICK = SAEConfig(expansion=3, kind="relu", steps=40, max_rounds=2, warmup=10, batch_size=32)
-LASSO = replace(QUICK, kind="sparse_coding", refine_steps=120)
+LASSO = replace(QUICK, kind="sparse_coding", refine_steps=24)
 KINDS = ["relu", "sparse_coding"]
 X = planted_activations(12, 8, 400).activations
 
@@ -343,7 +341,6 @@ def test_energy_scale_of_extreme_values(size):
 @pytest.mark.parametrize("factor", [1e-3, 1e3, 1e-25, 1e25])
 def test_units_of_the_network_change_nothing(factor, config):
     "The same F, L0 and FVU, and decode returns the units that came in."
-    config = replace(config, refine_steps=480)  # a short refinement amplifies rounding
     a, b = fit(config=config), fit(X * factor, config)
     for name, tolerance in [("effective_features", 1e-3), ("l0", 1e-2), ("fvu", 1e-2)]:
         assert b.table[name].item() == pytest.approx(a.table[name].item(), rel=tolerance)
@@ -369,7 +366,7 @@ def test_table_and_history(config):
         assert_close(torch.tensor(t.table[name]), values)
     last = t.history.groupby(["l1", "seed"], sort=False).last()
     if config is QUICK: assert last.effective_features.tolist() == t.table.effective_features.tolist()  # all samples fit into the probe
-    assert t.table.n_steps.tolist() == (last.step + (120 if config is LASSO else 0)).tolist()
+    assert t.table.n_steps.tolist() == (last.step + (24 if config is LASSO else 0)).tolist()
     assert t.sae.lasso == (config is LASSO)
     if config is LASSO: assert t.sae.penalty.tolist() == pytest.approx([.15, .15, .075, .075])
 
@@ -487,14 +484,10 @@ def test_several_data_sets(config):
 
 @pytest.mark.parametrize("config", [QUICK, LASSO], ids=KINDS)
 def test_large_stacks_are_cut_into_groups(monkeypatch, config):
-    config = replace(config, refine_steps=480)  # a short refinement amplifies rounding, which depends on the stack's width
     whole = fit(config=config, seeds=5)
     monkeypatch.setattr(module, "_GROUP", 2 * 32 * 24)
     parts = fit(config=config, seeds=5)
-    rounds = [t.history.sort_values(["seed", "step"]).drop(columns=["data", "l1"]).to_numpy() for t in (parts, whole)]
-    assert rounds[0] == pytest.approx(rounds[1], rel=1e-3)
-    assert parts.table.effective_features.tolist() == pytest.approx(whole.table.effective_features.tolist(), rel=.01)
-    if config.kind == "relu": assert_close(parts.sae.state_dict(), whole.sae.state_dict(), rtol=1e-4, atol=1e-4)
+    assert_close(parts.sae.state_dict(), whole.sae.state_dict(), rtol=1e-4, atol=1e-4)
     assert parts.table.seed.tolist() == list(range(5))
 
 
@@ -528,7 +521,7 @@ def test_double_precision_and_few_samples(config):
     t = fit(X.double(), config)
     assert t.sae.weight.dtype == t.sae.scale.dtype == torch.float64
     assert t.table.effective_features.item() == pytest.approx(fit(config=config).table.effective_features.item(), rel=.05)
-    assert fit(X[:2], config).table.n_steps.item() - (120 if config is LASSO else 0) in (40, 80)  # fewer samples than a batch
+    assert fit(X[:2], config).table.n_steps.item() - (24 if config is LASSO else 0) in (40, 80)  # fewer samples than a batch
     silent = torch.cat([X, torch.zeros(100, 8)])
     assert fit(silent, config).table.fvu.item() < .5
 
@@ -563,10 +556,8 @@ def test_a_member_that_diverges_is_reported_and_the_others_kept(monkeypatch, at,
     t = fit(config=config, seeds=3)
     first, *rest = t.table.to_dict("records")
     assert math.isnan(first["effective_features"]) and not first["converged"] and first["n_steps"] < rest[0]["n_steps"]
-    rounds = [u.history[u.history.seed > 0].effective_features.tolist() for u in (good, t)]
-    assert rounds[0] == pytest.approx(rounds[1], rel=1e-3) and len(rounds[0]) == 6
-    assert all(1 <= r["effective_features"] <= 24 for r in rest)  # a short refinement may amplify the rounding that the stack's width changes
-    assert [r["n_steps"] for r in rest] == [160 + (120 if kind is LASSO else 0)] * 2
+    assert [r["effective_features"] for r in rest] == pytest.approx(good.table.effective_features[1:].tolist(), rel=1e-3)
+    assert [r["n_steps"] for r in rest] == [160 + (24 if kind is LASSO else 0)] * 2
 
 
 @pytest.mark.parametrize("kind", [dict(lr=1e30), dict(lr=1e30, unit_norm=False), dict(lr=1e30, tied=False), dict(lr=3e38, unit_norm=False, steps=1, warmup=0),
@@ -629,27 +620,3 @@ def test_an_autoencoder_does_not_start_at_the_planted_answer():
         directions = planted_activations(64, 32, 10, seed=seed).directions
         start = module._initial_rows(32, 256, SAEConfig(), torch.Generator().manual_seed(seed))
         assert (start @ directions.T).amax() < .9
-
-
-def test_equal_seeds_are_refused():
-    "They would count as independent repetitions."
-    with pytest.raises(ValueError, match="seeds must differ"): fit(seeds=[0, 0])
-
-
-def test_members_by_numpy_integers(monkeypatch):
-    "As a table's row numbers come."
-    sae = fit(seeds=2).sae
-    assert sae[np.int64(1)].stack is None and sae[np.int64(1)].weight.equal(sae[1].weight) and sae[[1]].stack == 1
-
-
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    "A write that fails leaves the file that was there, and no debris."
-    sae = fit().sae
-    sae.save(tmp_path / "a.safetensors")
-    before = (tmp_path / "a.safetensors").read_bytes()
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match="no space"): sae.save(tmp_path / "a.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
