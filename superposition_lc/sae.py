@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #93b0133c
+# %% ../nbs/core/05_sae.ipynb #a1fb2f90
 import json
 import math
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from .entropy import ShareAccumulator, effective_features, feature_shares
 from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
-from .runs import progress_bar
+from .runs import atomic_path, progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #bd888ba6
+# %% ../nbs/core/05_sae.ipynb #f95d0ae2
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -60,7 +60,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #1c51bc75
+# %% ../nbs/core/05_sae.ipynb #0ccd8abb
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -88,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #478f8379
+# %% ../nbs/core/05_sae.ipynb #58798d3e
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #b95cd82b
+# %% ../nbs/core/05_sae.ipynb #f41c4f18
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -159,7 +159,7 @@ def _lasso_codes(sae, x):
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
-# %% ../nbs/core/05_sae.ipynb #936f5802
+# %% ../nbs/core/05_sae.ipynb #38893888
 def _codes(sae, x):
     "Codes of scaled activations."
     if sae.lasso: return _lasso_codes(sae, x)
@@ -174,7 +174,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #0af910ca
+# %% ../nbs/core/05_sae.ipynb #dc6de1e3
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -183,14 +183,14 @@ def _shell(sae, stack):
 def _members(sae, i):
     if sae.stack is None: raise TypeError("this autoencoder is a single one, not a stack: it has no members")
     state = {name: t[i].clone() for name, t in sae.state_dict().items()}
-    out = _shell(sae, None if isinstance(i, int) else len(state["scale"]))
+    out = _shell(sae, len(state["scale"]) if state["scale"].ndim else None)
     out.load_state_dict(state)
     return out
 
 def _save(sae, path):
     meta = dict(format="superposition_lc.sae", version=1, stack=sae.stack, k=sae.k, tied=sae.tied, lasso=sae.lasso)
     if sae.kind: meta["kind"] = kind_to_dict(sae.kind)
-    save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, path, metadata={"sae": json.dumps(meta)})
+    with atomic_path(path) as part: save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, part, metadata={"sae": json.dumps(meta)})
 
 def _load(cls, path):
     try:
@@ -207,7 +207,7 @@ def _load(cls, path):
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #2fd86931
+# %% ../nbs/core/05_sae.ipynb #c62d9b41
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -216,7 +216,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #8ec51d15
+# %% ../nbs/core/05_sae.ipynb #39ce9983
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -238,7 +238,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #2b6e90d4
+# %% ../nbs/core/05_sae.ipynb #8a79c90f
 _WIDE, _FEW = 128, 1 / 16 # from so many neurons, and up to this fraction of active codes (in some samples), skipping the others is faster on a CPU
 
 def _bags(table, index, count, weights):
@@ -263,7 +263,7 @@ def _few_codes(W, x, z, l1, weight):
     both = torch.stack([sample, sample + K * B], 1).view(-1), per_row * 2, torch.stack([dz, value], 1).view(-1)
     return {"bias": bias.view(K, D), "weight": _bags(torch.cat([samples, r]), *both).view_as(W)}, loss
 
-# %% ../nbs/core/05_sae.ipynb #7f1c2a90
+# %% ../nbs/core/05_sae.ipynb #e924fde2
 _NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
 
 def _tied_gradients(sae, x, l1, weight, work):
@@ -281,7 +281,7 @@ def _tied_gradients(sae, x, l1, weight, work):
     else: g.copy_(torch.bmm(u, dz.mT, out=flat).baddbmm_(r, z.mT).mT)
     return {"bias": dz.sum(-1), "weight": g}, loss
 
-# %% ../nbs/core/05_sae.ipynb #6c327895
+# %% ../nbs/core/05_sae.ipynb #ee868bd8
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -310,7 +310,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #23cf24de
+# %% ../nbs/core/05_sae.ipynb #13ff232e
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -334,7 +334,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #f3bb2ac9
+# %% ../nbs/core/05_sae.ipynb #ad27c697
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -353,7 +353,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #c05e7a31
+# %% ../nbs/core/05_sae.ipynb #a130b7a4
 class _Adam:
     "Adam, called directly: what torch.optim does around it takes longer than the step of a small stack."
     def __init__(self, params, beta2, steps=0, moments=None):
@@ -374,7 +374,7 @@ class _Adam:
             v.lerp_(g.square(), 1 - self.beta2)
             p.addcdiv_(m, (v / (1 - self.beta2**t)).sqrt_().add_(1e-8), value=-lr / (1 - .9**t))
 
-# %% ../nbs/core/05_sae.ipynb #94462eb5
+# %% ../nbs/core/05_sae.ipynb #62438fed
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -409,7 +409,7 @@ class _Trainer:
         rows = torch.stack([drawn[m.seed] for m in self.members]) + self.rows
         return rows.view(len(rows), steps, -1).transpose(0, 1).flatten(1).to(self.x.device)
 
-# %% ../nbs/core/05_sae.ipynb #284daa88
+# %% ../nbs/core/05_sae.ipynb #cd5d7328
 _AHEAD = 2**20 # samples of a stack that are drawn at once
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def _run(t:_Trainer, steps, tick):
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #b1da9699
+# %% ../nbs/core/05_sae.ipynb #881adf61
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -459,7 +459,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #330b0634
+# %% ../nbs/core/05_sae.ipynb #34567a4d
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -477,7 +477,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #85c77217
+# %% ../nbs/core/05_sae.ipynb #0f7d4bb7
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -494,7 +494,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #c1528eed
+# %% ../nbs/core/05_sae.ipynb #5b0b9b60
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -507,12 +507,13 @@ def _check_stack(config, seeds):
     configs = [config] if isinstance(config, SAEConfig) else list(config)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not configs or not seeds: raise ValueError("config and seeds must not be empty")
+    if len(set(seeds)) < len(seeds): raise ValueError(f"seeds must differ, got {seeds}: equal seeds give the same autoencoder, not a second opinion")
     if len({replace(c, l1=0) for c in configs}) > 1: raise ValueError("the settings of one stack may differ in l1 only: call train_sae once for each other difference")
     return configs, seeds
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #aab49425
+# %% ../nbs/core/05_sae.ipynb #d5898d3f
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -540,7 +541,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #fff52a28
+# %% ../nbs/core/05_sae.ipynb #a4e224c4
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

@@ -3,7 +3,9 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -620,3 +622,27 @@ def test_an_autoencoder_does_not_start_at_the_planted_answer():
         directions = planted_activations(64, 32, 10, seed=seed).directions
         start = module._initial_rows(32, 256, SAEConfig(), torch.Generator().manual_seed(seed))
         assert (start @ directions.T).amax() < .9
+
+
+def test_equal_seeds_are_refused():
+    "They would count as independent repetitions."
+    with pytest.raises(ValueError, match="seeds must differ"): fit(seeds=[0, 0])
+
+
+def test_members_by_numpy_integers(monkeypatch):
+    "As a table's row numbers come."
+    sae = fit(seeds=2).sae
+    assert sae[np.int64(1)].stack is None and sae[np.int64(1)].weight.equal(sae[1].weight) and sae[[1]].stack == 1
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    "A write that fails leaves the file that was there, and no debris."
+    sae = fit().sae
+    sae.save(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="no space"): sae.save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
