@@ -6,7 +6,7 @@
 __all__ = ['SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations', 'TrainedSAE',
            'train_sae']
 
-# %% ../nbs/core/05_sae.ipynb #a1fb2f90
+# %% ../nbs/core/05_sae.ipynb #d42812a1
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import atomic_path, progress_bar
 from .sparse_coding import refine, sparse_codes
 
-# %% ../nbs/core/05_sae.ipynb #f95d0ae2
+# %% ../nbs/core/05_sae.ipynb #b8099db9
 @dataclass(frozen=True)
 class SAEConfig:
     "How a sparse autoencoder is built and trained; checked when made (ValueError names the field)."
@@ -60,7 +60,7 @@ class SAEConfig:
         "Dictionary size D for a layer of `n_neurons`."
         return max(1, round(self.expansion * n_neurons))
 
-# %% ../nbs/core/05_sae.ipynb #0ccd8abb
+# %% ../nbs/core/05_sae.ipynb #2c92d464
 def _check_config(c):
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
@@ -88,7 +88,7 @@ def _check_config(c):
     for name in ("batch_size", "steps", "max_rounds", "patience", "refine_steps"): need(whole(getattr(c, name)), name, "an integer >= 1")
     need(c.epochs is None or whole(c.epochs), "epochs", "None or an integer >= 1")
 
-# %% ../nbs/core/05_sae.ipynb #58798d3e
+# %% ../nbs/core/05_sae.ipynb #8b5dfafa
 class SparseAutoencoder(nn.Module):
     "One sparse autoencoder or a stack: z = act(W (x/scale - c) + b), x' = (V^T z + c) scale. Tied: V = W and c = 0."
     def __init__(self,
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path): return _load(cls, path)
 
-# %% ../nbs/core/05_sae.ipynb #f41c4f18
+# %% ../nbs/core/05_sae.ipynb #f23d7152
 def _check_sizes(n_neurons, n_features, stack, k):
     for name, v in dict(n_neurons=n_neurons, n_features=n_features, stack=1 if stack is None else stack).items():
         if v < 1: raise ValueError(f"{name} must be at least 1, got {v}")
@@ -159,7 +159,7 @@ def _lasso_codes(sae, x):
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
-# %% ../nbs/core/05_sae.ipynb #38893888
+# %% ../nbs/core/05_sae.ipynb #cf222279
 def _codes(sae, x):
     "Codes of scaled activations."
     if sae.lasso: return _lasso_codes(sae, x)
@@ -174,7 +174,7 @@ def _activate(pre, k):
     top = z.topk(k, -1)
     return torch.zeros_like(z).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/core/05_sae.ipynb #dc6de1e3
+# %% ../nbs/core/05_sae.ipynb #b03f923c
 def _shell(sae, stack):
     "An autoencoder of the same make with `stack` members, to be filled."
     with torch.random.fork_rng(devices=[]):
@@ -207,7 +207,7 @@ def _load(cls, path):
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path} is damaged, its parts do not fit: {e}") from None
     return sae
 
-# %% ../nbs/core/05_sae.ipynb #c62d9b41
+# %% ../nbs/core/05_sae.ipynb #1392823e
 def energy_scale(x:Tensor, # (..., S, N) activations
                 )->Tensor: # (...) one scalar a data set: typical size of a neuron's activation, unmoved by silent samples
     "sqrt(E|x|^4 / (E|x|^2 N)): the root mean square over neurons, samples weighted by their energy."
@@ -216,7 +216,7 @@ def energy_scale(x:Tensor, # (..., S, N) activations
     scale = (energy.square().mean(-1) / (energy.mean(-1) * x.shape[-1])).sqrt()
     return (scale * peak[..., 0, 0]).to(x.dtype)
 
-# %% ../nbs/core/05_sae.ipynb #39ce9983
+# %% ../nbs/core/05_sae.ipynb #5eb65c19
 @torch.no_grad()
 def sae_gradients(sae:SparseAutoencoder, # a stack of K
                   x:Tensor,              # (K, B, N) scaled activations
@@ -238,7 +238,7 @@ def sae_gradients(sae:SparseAutoencoder, # a stack of K
     else: g |= {"decoder": torch.bmm(z.mT, r), "decoder_bias": r.sum(1) - torch.bmm(g["bias"][:, None], W)[:, 0]}
     return g, loss
 
-# %% ../nbs/core/05_sae.ipynb #8a79c90f
+# %% ../nbs/core/05_sae.ipynb #d4c3f584
 _WIDE, _FEW = 128, 1 / 16 # from so many neurons, and up to this fraction of active codes (in some samples), skipping the others is faster on a CPU
 
 def _bags(table, index, count, weights):
@@ -263,7 +263,7 @@ def _few_codes(W, x, z, l1, weight):
     both = torch.stack([sample, sample + K * B], 1).view(-1), per_row * 2, torch.stack([dz, value], 1).view(-1)
     return {"bias": bias.view(K, D), "weight": _bags(torch.cat([samples, r]), *both).view_as(W)}, loss
 
-# %% ../nbs/core/05_sae.ipynb #e924fde2
+# %% ../nbs/core/05_sae.ipynb #74cbb34e
 _NARROW = 64 # up to so many neurons, a gradient with features on the last axis is faster, even though it is copied
 
 def _tied_gradients(sae, x, l1, weight, work):
@@ -281,7 +281,7 @@ def _tied_gradients(sae, x, l1, weight, work):
     else: g.copy_(torch.bmm(u, dz.mT, out=flat).baddbmm_(r, z.mT).mT)
     return {"bias": dz.sum(-1), "weight": g}, loss
 
-# %% ../nbs/core/05_sae.ipynb #ee868bd8
+# %% ../nbs/core/05_sae.ipynb #8286c5da
 def _chunks(sae, x, elements=2**24):
     "Slices of samples whose codes, over the whole stack, stay below `elements` numbers."
     n, step = x.shape[-2], max(1, elements // (sae.n_features * (sae.stack or 1)))
@@ -310,7 +310,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
-# %% ../nbs/core/05_sae.ipynb #13ff232e
+# %% ../nbs/core/05_sae.ipynb #6abf7b63
 @dataclass(frozen=True)
 class _Member:
     "One autoencoder of a stack: which data set, which setting, which seed."
@@ -334,7 +334,7 @@ def _initial_rows(n_neurons, n_features, config, g):
     bound = math.sqrt(6 / (n_neurons + n_features))
     return torch.rand(n_features, n_neurons, generator=g).mul_(2 * bound).sub_(bound)
 
-# %% ../nbs/core/05_sae.ipynb #ad27c697
+# %% ../nbs/core/05_sae.ipynb #3d30003e
 def _round_lengths(config, n_samples):
     "Steps of each round: 1, 1, 2, 4, ... times `steps`, or single epochs."
     if config.epochs: return [math.ceil(n_samples / config.batch_size)] * config.epochs
@@ -353,7 +353,7 @@ class _Rule:
         last, self.previous[member] = self.previous.get(member), F
         return last is not None and abs(F - last) <= c.tolerance * last
 
-# %% ../nbs/core/05_sae.ipynb #a130b7a4
+# %% ../nbs/core/05_sae.ipynb #5551bf4a
 class _Adam:
     "Adam, called directly: what torch.optim does around it takes longer than the step of a small stack."
     def __init__(self, params, beta2, steps=0, moments=None):
@@ -374,7 +374,7 @@ class _Adam:
             v.lerp_(g.square(), 1 - self.beta2)
             p.addcdiv_(m, (v / (1 - self.beta2**t)).sqrt_().add_(1e-8), value=-lr / (1 - .9**t))
 
-# %% ../nbs/core/05_sae.ipynb #62438fed
+# %% ../nbs/core/05_sae.ipynb #9b730ac2
 class _Trainer:
     "Trains the members of one stack together; `keep` drops those that are done."
     def __init__(self, x, members):
@@ -409,7 +409,7 @@ class _Trainer:
         rows = torch.stack([drawn[m.seed] for m in self.members]) + self.rows
         return rows.view(len(rows), steps, -1).transpose(0, 1).flatten(1).to(self.x.device)
 
-# %% ../nbs/core/05_sae.ipynb #cd5d7328
+# %% ../nbs/core/05_sae.ipynb #3a5a9dd2
 _AHEAD = 2**20 # samples of a stack that are drawn at once
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def _run(t:_Trainer, steps, tick):
         tick(len(t.members))
     return total / steps
 
-# %% ../nbs/core/05_sae.ipynb #881adf61
+# %% ../nbs/core/05_sae.ipynb #2528d787
 _PROBE = 8192  # samples on which F is followed between rounds
 
 def _fit(x, members, tick):
@@ -459,7 +459,7 @@ def _fit(x, members, tick):
         if not stay: return saes, outcomes, history
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
-# %% ../nbs/core/05_sae.ipynb #34567a4d
+# %% ../nbs/core/05_sae.ipynb #deadb85f
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -477,7 +477,7 @@ def _refined(saes, x, members, tick):
         out.append(sae)
     return out
 
-# %% ../nbs/core/05_sae.ipynb #0f7d4bb7
+# %% ../nbs/core/05_sae.ipynb #50a7f6d4
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
                      )->Tensor: # the same, contiguous and detached
     "Activations fit for training; ValueError names what is wrong and the fix."
@@ -494,7 +494,7 @@ def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64
         raise ValueError(f"activations are constant{where}: every sample is the same, there is nothing to explain")
     return x.detach().contiguous()
 
-# %% ../nbs/core/05_sae.ipynb #5b0b9b60
+# %% ../nbs/core/05_sae.ipynb #6e3e0996
 @dataclass(frozen=True)
 class TrainedSAE:
     "A trained stack: `sae`; `table`, one row a member; `history`, one row a member and round."
@@ -513,7 +513,7 @@ def _check_stack(config, seeds):
 
 _GROUP = 2**19  # codes (members x batch x features) trained at once: more than the cache holds is slower
 
-# %% ../nbs/core/05_sae.ipynb #d5898d3f
+# %% ../nbs/core/05_sae.ipynb #65dbb708
 def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets; float32 or float64
               config:SAEConfig|Sequence[SAEConfig]=SAEConfig(), # several may differ in l1
               seeds:int|Sequence[int]=1,  # how many (0, 1, ...), or which
@@ -541,7 +541,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     sae.scale.copy_(scale[[m.data for m in members]])
     return TrainedSAE(sae, _table(sae, raw, members, rows), pd.DataFrame(history))
 
-# %% ../nbs/core/05_sae.ipynb #a4e224c4
+# %% ../nbs/core/05_sae.ipynb #a8ae4512
 def _table(sae, x, members, outcomes):
     "Quality of every member on all of its samples."
     q = [sae_quality(sae[[i for i, m in enumerate(members) if m.data == d]], x[d]) for d in range(len(x))]

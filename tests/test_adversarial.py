@@ -256,3 +256,10 @@ def test_plot(table):
     assert [list(line.get_ydata()) for line in right.lines][0] == table[(table.layer == "relu2") & (table.inputs == "clean")].accuracy.tolist()
     assert len(plot(table)) == 2
     plt.close("all")
+
+
+def test_attack_on_a_model_without_parameters_names_the_fix():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    class Closure(nn.Module):
+        def forward(self, x): return net(x)
+    with pytest.raises(ValueError, match="make the network a submodule"): attack(Closure(), torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.long), .1)

@@ -53,6 +53,7 @@ def attack(model:nn.Module,
         except RuntimeError as e:
             if "grad" not in str(e): raise
             raise ValueError(f"the attack needs gradients of the model's outputs with respect to the images, this model has none ({e}): remove no_grad, detach, argmax") from None
+        except StopIteration: raise ValueError("the attack asks the model's parameters for its device, this model has none: make the network a submodule of it") from None
         finally:
             for m, mode in modes: m.training = mode
 
