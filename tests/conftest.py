@@ -1,5 +1,6 @@
 """What all tests share: figures need no display, generated examples are the same on every run, data sets are found or named as missing."""
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -9,6 +10,13 @@ from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    "No test leaves a figure open for the next."
+    yield
+    if "matplotlib.pyplot" in sys.modules: sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")

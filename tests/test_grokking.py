@@ -2,7 +2,6 @@
 import dataclasses
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,12 +29,6 @@ def trained():
 @pytest.fixture(scope="module")
 def table():
     return run(TINY, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def network(trained, seed, checkpoint, config=TINY):

@@ -5,7 +5,6 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,12 +76,6 @@ def saes(): return {name: random_sae(i) for i, name in enumerate(("embed", "attn
 
 @pytest.fixture(scope="module")
 def whole(model, saes): return measure_text(model, Words(), texts(), saes, **SETTINGS)
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def same(a, b):

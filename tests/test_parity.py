@@ -25,12 +25,6 @@ def table():
     return run(TINY, progress=False)
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 # --- the task
 
 @given(n_tasks=st.integers(1, 3), bits=st.integers(1, 3))
