@@ -538,23 +538,24 @@ def _panels(parts, draw, title):
         a.set_title(title(*names))
     return fig
 
+def _slope_panels(table, reading, by, what, draw, **kwargs):
+    "Slopes, a panel a data set and architecture that has several values of `by`."
+    s = network_slopes(_one_reading(table, reading), **kwargs)
+    parts = [(n, p) for n, p in s.groupby(["dataset", "architecture"], sort=False) if p[by].nunique() > 1]
+    if not parts: raise ValueError(f"no data set and architecture has several values of {by}: nothing to draw against {what}")
+    return _panels(parts, draw, "{}, {}".format)
+
 def figure_7(table:pd.DataFrame,     # tidy, see `check_table`
              reading:str|None=None,  # which reading of F; None: the only one
              **kwargs):              # of `network_slopes`
     "Slopes against complexity, a panel a data set and architecture that has several class counts. Returns the Figure."
-    s = network_slopes(_one_reading(table, reading), **kwargs)
-    parts = [(n, p) for n, p in s.groupby(["dataset", "architecture"], sort=False) if p.n_classes.nunique() > 1]
-    if not parts: raise ValueError("no data set and architecture has several class counts: nothing to draw against complexity")
-    return _panels(parts, plot_complexity, "{}, {}".format)
+    return _slope_panels(table, reading, "n_classes", "complexity", plot_complexity, **kwargs)
 
 def figure_8(table:pd.DataFrame,     # tidy, see `check_table`
              reading:str|None=None,  # which reading of F; None: the only one
              **kwargs):              # of `network_slopes`
     "Slopes against width, a panel a data set and architecture that has several widths. Returns the Figure."
-    s = network_slopes(_one_reading(table, reading), **kwargs)
-    parts = [(n, p) for n, p in s.groupby(["dataset", "architecture"], sort=False) if p.width.nunique() > 1]
-    if not parts: raise ValueError("no data set and architecture has several widths: nothing to draw against capacity")
-    return _panels(parts, plot_capacity, "{}, {}".format)
+    return _slope_panels(table, reading, "width", "capacity", plot_capacity, **kwargs)
 
 def figure_9(table:pd.DataFrame,     # tidy, see `check_table`; one data set, architecture and class count
              reading:str|None=None,  # which reading of F; None: the only one

@@ -255,7 +255,6 @@ def test_plot(table):
     assert {t.get_text() for t in left.get_legend().get_texts()} >= {"clean images", "attacked images"}
     assert [list(line.get_ydata()) for line in right.lines][0] == table[(table.layer == "relu2") & (table.inputs == "clean")].accuracy.tolist()
     assert len(plot(table)) == 2
-    plt.close("all")
 
 
 def test_attack_on_a_model_without_parameters_names_the_fix():

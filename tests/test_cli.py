@@ -4,7 +4,6 @@ import json
 import sys
 from functools import partial
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -47,7 +46,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken_nets.py").write_text("def f(: pass")
     yield tmp_path
     for name in ("some_nets", "broken_nets"): sys.modules.pop(name, None)
-    plt.close("all")
 
 
 def run(capsys, *args):

@@ -36,12 +36,6 @@ def two():
     return measured({"fc": X, "dense": torch.randn(500, 6, generator=torch.Generator().manual_seed(0))})
 
 
-@pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
-    plt.close("all")
-
-
 def kinds(table):
     return {c: "O" if d.kind not in "ifb" else d.kind for c, d in table.dtypes.items()}
 

@@ -48,12 +48,6 @@ def two():
     return traced({"fc": X, "narrow": X[:, :5]}, [.2, .6, 2., 6.])
 
 
-@pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
-    plt.close("all")
-
-
 # --- the curve
 
 points = st.lists(st.tuples(st.floats(1e-4, .99), st.floats(.5, 1e4)), min_size=2, max_size=12, unique_by=lambda p: round(math.log(p[0]), 3))

@@ -3,7 +3,6 @@ import re
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
 
 
 def test_readme_is_fresh(root):
@@ -18,7 +17,6 @@ def test_snippets_run(root, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     for snippet in re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         exec(compile(snippet, "README.md", "exec"), namespace)
-    plt.close("all")
 
 
 def test_relative_links_exist(root):

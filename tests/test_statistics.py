@@ -2,7 +2,6 @@
 import itertools
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -352,13 +351,6 @@ def test_published_numbers_that_contradict_each_other():
 
 
 # Figures
-
-@pytest.fixture(autouse=True)
-def closed():
-    "No figure outlives its test."
-    yield
-    plt.close("all")
-
 
 def test_figures_show_the_slopes(table):
     "A panel for each data set and architecture, the points at the slopes, the published values where they are known."

@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -350,7 +349,6 @@ def test_report(table, tmp_path):
     assert "No verdicts: " in report(table, CONFIG, tmp_path / "small") and {p.name for p in (tmp_path / "small").iterdir()} == {"figure-readings.png", "changes.csv"}
     left, right = plot_changes(t)
     assert len(left.get_yticklabels()) == 4 and "2 classes, mlp1 6" in left.get_yticklabels()[0].get_text()
-    plt.close("all")
 
 
 def test_the_command_keeps_cells_and_goes_on(monkeypatch, tmp_path, capsys):
