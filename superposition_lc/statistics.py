@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONDITION', 'KEYS', 'VALUES', 'INPUTS', 'UNITS', 'COMPLEXITY', 'PUBLISHED_EFFECTS', 'CHECKS', 'PUBLISHED_TRENDS',
-           'PUBLISHED_SLOPES', 'PUBLISHED_RATIOS', 'PUBLISHED_RESNET', 'planted_table', 'check_table', 'slopes',
-           'network_slopes', 'Combined', 'combine_effects', 'trend', 'Hypothesis', 'universal_reduction', 'complexity',
-           'capacity', 'compare_datasets', 'hypotheses', 'plot_hypotheses', 'check_published', 'plot_complexity',
-           'plot_capacity', 'plot_ratio', 'figure_7', 'figure_8', 'figure_9', 'plot_regimes', 'figure_regimes']
+           'PUBLISHED_SLOPES', 'PUBLISHED_RATIOS', 'PUBLISHED_RESNET', 'seed_interval', 'planted_table', 'check_table',
+           'slopes', 'network_slopes', 'Combined', 'combine_effects', 'trend', 'Hypothesis', 'universal_reduction',
+           'complexity', 'capacity', 'compare_datasets', 'hypotheses', 'plot_hypotheses', 'check_published',
+           'plot_complexity', 'plot_capacity', 'plot_ratio', 'figure_7', 'figure_8', 'figure_9', 'plot_regimes',
+           'figure_regimes']
 
 # %% ../nbs/core/08_statistics.ipynb #9dbf80a4
 import math
@@ -20,6 +21,16 @@ import pandas as pd
 from scipy.special import chdtrc, ndtr, ndtri, stdtr, stdtrit
 
 from .plotting import COLOURS, axes, figure
+
+# %% ../nbs/core/08_statistics.ipynb #3d8d156d
+def seed_interval(values:Sequence[float], # one number a seed
+                  level:float=.95,        # coverage of the interval
+                 )->tuple:                # (mean, low, high) by Student's t; the ends are NaN for a single seed
+    "The mean over seeds and its interval; ValueError for no values."
+    v = np.asarray(list(values), dtype=float)
+    if len(v) == 0: raise ValueError("values must hold at least one number, one a seed")
+    half = float(stdtrit(len(v) - 1, (1 + level) / 2)) * v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan
+    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
 # %% ../nbs/core/08_statistics.ipynb #7b68ec74
 CONDITION = ["dataset", "n_classes", "architecture", "width", "reading"] # what a slope belongs to

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from superposition_lc import cli
+from superposition_lc.cells import FailedCells
 from superposition_lc.cli import as_text, load_model, main, reading
 from superposition_lc.data import load_dataset
 from superposition_lc.experiments.adversarial import AdversarialConfig
 from superposition_lc.measurement import Measurement, measure
+from superposition_lc.report import compared, read_report
 from superposition_lc.sae import SAEConfig
 
 QUICK = SAEConfig(expansion=4, kind="relu", steps=50, max_rounds=2, warmup=10)
@@ -314,6 +316,27 @@ def stand(monkeypatch):
     return experiment
 
 
+@pytest.fixture
+def two(monkeypatch):
+    "Two stand-ins in place of all experiments: `good` has a number to compare, `bad` fails until `bad.broken` is None."
+    class Good(Stand):
+        "Is it good?"
+        def comparison(self, table, config): return [compared("3a", "a number", 1 / 3, [1 / 3, 1 / 3])]
+
+    class Bad(Stand):
+        "Is it bad?"
+        broken = FailedCells("3 of 4 cells failed", pd.DataFrame())
+
+        def run(self, config, progress):
+            if self.broken: raise self.broken
+            return super().run(config, progress)
+
+    experiments = dict(toy_models=Good(), parity=Bad())
+    for name in list(cli.EXPERIMENTS): monkeypatch.delitem(cli.EXPERIMENTS, name)
+    for name, e in experiments.items(): monkeypatch.setitem(cli.EXPERIMENTS, name, e)
+    return experiments
+
+
 def reproduced(capsys, *args): return run(capsys, "reproduce", "toy_models", *args)
 
 
@@ -385,12 +408,80 @@ def test_reproduce_usage_errors(capsys, argv):
     assert e.value.code == 2 and "usage: superposition-lc reproduce" in capsys.readouterr().err
 
 
-def test_reproduce_toy_models_for_real(folder, capsys, monkeypatch):
-    "The true experiment at a scale smaller than smoke."
-    toy = cli.EXPERIMENTS["toy_models"]
-    small = dataclasses.replace(toy.SCALES["smoke"], n_models=4, steps=20, n_samples=100, n_seeds=1, estimators=toy.SCALES["smoke"].estimators[1:2], sweep_models=0)
-    monkeypatch.setitem(toy.SCALES, "smoke", small)
-    first = reproduced(capsys, "--scale", "smoke", "--out", "t")
-    assert first[0] == 0 and "psi(Z), estimator released: r = " in first[1] and (folder / "t" / "figure-2b.png").exists()
-    again = reproduced(capsys, "--scale", "smoke", "--out", "t")
-    assert again[1].split("\n", 1)[1] == first[1]
+# --- reproduce all
+
+def all_of_it(capsys, *args): return run(capsys, "reproduce", "all", "--out", "r", *args)
+
+
+def test_all_reports_a_failure_and_goes_on(folder, capsys, two):
+    status, out, err = all_of_it(capsys)
+    assert status == 1 and "parity failed, FailedCells: 3 of 4 cells failed" in err and "Failed: parity" in out
+    done, broken = read_report("r")["experiments"]
+    assert (done["status"], broken["status"], done["numbers"][0]["verdict"]) == ("finished", "failed", "agrees")
+    assert done["config"] == {"seed": 0, "size": [9]} and done["other_settings"] == {"size": [[9], [1, 2]]} and done["seconds"] >= 0
+    assert [p["file"] for p in done["pictures"]] == ["toy_models/figure.png"] and (folder / "r" / "report.html").exists()
+    two["parity"].broken = None
+    status, out, err = all_of_it(capsys)
+    assert (status, err, two["toy_models"].runs, two["parity"].runs) == (0, "", 1, 1) and [e["status"] for e in read_report("r")["experiments"]] == ["finished"] * 2
+
+
+def test_all_of_one_keeps_the_others(capsys, two):
+    two["parity"].broken = None
+    assert all_of_it(capsys, "--only", "parity")[0] == 0
+    assert [e["status"] for e in read_report("r")["experiments"]] == ["not run", "finished"]
+    assert all_of_it(capsys, "--only", " toy_models")[0] == 0 and [e["status"] for e in read_report("r")["experiments"]] == ["finished"] * 2
+    all_of_it(capsys, "--only", "parity", "--seed", "1")
+    assert [e["status"] for e in read_report("r")["experiments"]] == ["not run", "finished"]  # never two seeds in one report
+    all_of_it(capsys, "--only", "parity", "--scale", "smoke")
+    assert [e["status"] for e in read_report("r")["experiments"]] == ["not run", "finished"]
+
+
+def test_all_of_it_stopped_in_the_middle(folder, capsys, two):
+    "What was finished is in the report, and is not run again."
+    two["parity"].broken = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt): all_of_it(capsys)
+    assert [e["status"] for e in read_report("r")["experiments"]] == ["finished", "not run"]
+    two["parity"].broken = None
+    assert all_of_it(capsys)[0] == 0 and two["toy_models"].runs == 1
+
+
+def test_all_with_a_report_that_cannot_be_read(folder, capsys, two):
+    (folder / "r").mkdir()
+    (folder / "r" / "report.json").write_text("{")
+    two["parity"].broken = None
+    assert all_of_it(capsys)[0] == 0 and read_report("r")["scale"] == "laptop"
+
+
+def test_the_list(folder, capsys, two):
+    status, out, err = run(capsys, "reproduce", "--list")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()] == ["toy_models", "parity"] and "Figures 2b, 3a, 3b" in out and "Is it bad?" in out
+    assert "finished" not in out and not list(folder.glob("all*"))
+    all_of_it(capsys)
+    out = run(capsys, "reproduce", "all", "--list", "--out", "r")[1].splitlines()
+    assert "(finished in r" in out[0] and "finished" not in out[1] and "finished" not in run(capsys, "reproduce", "--list", "--out", "r", "--seed", "1")[1]
+
+
+def test_all_refuses(capsys, two):
+    refused(all_of_it(capsys, "--only", "parity,toys"), "'toys'", "there are toy_models, parity")
+    refused(all_of_it(capsys, "--only", ""), "no experiment is called ''")
+    for argv in (["reproduce", "parity", "--only", "parity"], ["reproduce", "--only", "parity"]):
+        with pytest.raises(SystemExit) as e: main(argv)
+        assert e.value.code == 2 and "usage: superposition-lc reproduce" in capsys.readouterr().err
+
+
+def test_two_experiments_for_real(folder, capsys, monkeypatch):
+    "Far below the smoke scale, from the command to the page; a second call runs nothing."
+    toy, grokking = cli.EXPERIMENTS["toy_models"], cli.EXPERIMENTS["grokking"]
+    smoke = toy.SCALES["smoke"]
+    monkeypatch.setitem(toy.SCALES, "smoke", dataclasses.replace(smoke, n_models=4, steps=20, n_samples=100, n_seeds=1, estimators=smoke.estimators[1:2], sweep_models=0))
+    monkeypatch.setitem(grokking.SCALES, "smoke", dataclasses.replace(grokking.SCALES["smoke"], steps=20, checkpoints=2, llc_draws=3, n_seeds=1, estimators=grokking.SCALES["smoke"].estimators[:1]))
+    args = "--scale", "smoke", "--only", "toy_models,grokking"
+    status, first, err = all_of_it(capsys, *args)
+    report = read_report("r")
+    assert (status, err) == (0, "") and [e["status"] for e in report["experiments"] if e["name"] in args[3]] == ["finished"] * 2
+    assert "psi(Z), estimator released: r = " in first and (folder / "r" / "toy_models" / "figure-2b.png").exists()
+    assert {v["verdict"] for e in report["experiments"] for v in e["numbers"]} <= {"cannot tell"}
+    for e in report["experiments"]:
+        for p in e["pictures"]: assert (folder / "r" / p["file"]).is_file()
+    status, again, err = all_of_it(capsys, *args)
+    assert again.count("nothing is run again") == 2 and read_report("r")["experiments"] == report["experiments"]

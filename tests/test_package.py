@@ -16,7 +16,7 @@ LIB = ROOT / "superposition_lc"
 FLOORS = {
     1: {"entropy", "data", "plotting", "runs", "sparse_coding", "kinds", "geometry"},
     2: {"sae", "statistics", "cells", "llc", "merging"},
-    3: {"activations", "pretrained"},
+    3: {"activations", "pretrained", "report"},
     4: {"measurement", "rate_distortion"},
     5: {"text"} | {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "adversarial")},
     6: {"experiments.sweep", "experiments.language"},
