@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .activations import _as_found, _first_float, _keys, _mix, hooks
-from .entropy import ShareAccumulator, effective_features
+from .entropy import ShareAccumulator, effective_features, estimate_columns
 from .geometry import Taming, massive_values, outlier_neurons, participation_ratio, relative_size, two_nn
-from .measurement import Measurement, _estimate, _layer_row, row_warning
+from .measurement import Measurement, _layer_row, row_warning
 from .runs import atomic_path, progress_bar, provenance
 from .sae import _chunks
 
@@ -369,9 +369,10 @@ def _rows(m, site, level, converged):
     l0, fvu = _quality(sums.sums)
     for i, shares in enumerate(sums.shares):
         fired = shares.n_samples and l0[i] > 0
-        F, low, high, stderr = _estimate(shares, effective_features(shares.shares), level) if fired else (0., 0., 0., 0.)
+        found = estimate_columns(shares, effective_features(shares.shares) if fired else 0., level)
+        F = found["effective_features"]
         row = dict(layer=site.name, kind=site.kind, depth=site.depth, seed=i, n_neurons=sums.n_neurons, n_features=sums.n_features,
-                   n_samples=int(sums.sums["n"].sum()), n_documents=shares.n_clusters, effective_features=F, low=low, high=high, stderr=stderr, superposition=F / sums.n_neurons,
+                   n_samples=int(sums.sums["n"].sum()), n_documents=shares.n_clusters, **found, superposition=F / sums.n_neurons,
                    l0=l0[i].item(), fvu=fvu[i].item(), dead_fraction=(shares.shares == 0).double().mean().item() if fired else 1., converged=bool(converged[i]))
         why = _refusal(F, sums.n_features, row["fvu"])
         row |= dict.fromkeys(("effective_features", "low", "high", "superposition"), math.nan) if why else {}
@@ -416,9 +417,9 @@ def _curve(m, level, points):
                     sums=state["sums"] * (torch.arange(n_groups) < k)[:, None], ids=state["ids"][state["ids"] % n_groups < k]))
                 if not part._sums.any(): continue
                 F = effective_features(part.shares)
-                value, low, high, _ = _estimate(part, F, level)
+                found = estimate_columns(part, F, level)
                 rows.append(dict(layer=site.name, kind=site.kind, depth=site.depth, seed=i, n_documents=part.n_clusters,
-                                 n_samples=int(m._sums[site.name].sums["n"][:k].sum()), plug_in=F, effective_features=value, low=low, high=high))
+                                 n_samples=int(m._sums[site.name].sums["n"][:k].sum()), plug_in=F, **{c: found[c] for c in ("effective_features", "low", "high")}))
     return pd.DataFrame(rows)
 
 # %% ../nbs/core/07_text.ipynb #5d3a111d

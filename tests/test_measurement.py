@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgba
-from scipy.stats import t as student
 from torch import nn
 
 from superposition_lc import measurement as module, runs
 from superposition_lc.activations import Activations, capture
 from superposition_lc.data import planted_activations
-from superposition_lc.entropy import ShareAccumulator
-from superposition_lc.measurement import Measurement, combine_seeds, measure, measure_activations, row_warning
+from superposition_lc.entropy import ShareAccumulator, combine_seeds
+from superposition_lc.measurement import Measurement, measure, measure_activations, row_warning
 from superposition_lc.plotting import COLOURS
 from superposition_lc.sae import SAEConfig, train_sae
 
@@ -44,7 +43,7 @@ def kinds(table):
 
 def test_columns(two):
     assert kinds(two.table) == COLUMNS and list(two.table) == list(COLUMNS)
-    assert kinds(two.per_seed) == COLUMNS | dict(seed="i", stderr="f") and len(two.per_seed) == 4
+    assert kinds(two.per_seed) == COLUMNS | dict(seed="i", stderr="f", df="f") and len(two.per_seed) == 4
     assert two.table.layer.tolist() == ["fc", "dense"] and two.per_seed.seed.tolist() == [0, 1, 0, 1]
     assert two.table[["n_neurons", "n_features", "n_samples"]].values.tolist() == [[8, 32, 600], [6, 24, 500]]
     for t in (two.table, two.per_seed):
@@ -61,8 +60,8 @@ def test_rows_are_those_of_the_trained_stack(two):
         assert two.table[name][0] == pytest.approx(rows[name].mean())
     for seed, row in zip(range(2), rows.itertuples()):
         e = ShareAccumulator(32).update(t.sae[seed].encode(X).detach(), torch.arange(600)).estimate()
-        assert (row.effective_features, row.low, row.high, row.stderr) == pytest.approx((e.value, e.low, e.high, e.stderr), rel=1e-3)
-    expected = combine_seeds(rows.effective_features.tolist(), rows.stderr.tolist(), 50)
+        assert (row.effective_features, row.low, row.high, row.stderr, row.df) == pytest.approx((e.value, e.low, e.high, e.stderr, e.df), rel=1e-3)
+    expected = combine_seeds(rows.effective_features.tolist(), rows.stderr.tolist(), rows.df.tolist())
     assert tuple(two.table.loc[0, ["effective_features", "low", "high"]]) == pytest.approx(expected)
 
 
@@ -106,36 +105,9 @@ def test_clusters_reach_the_interval():
     assert own.effective_features.tolist() == pytest.approx(shuffled.effective_features.tolist(), rel=.03)
 
 
-# --- seeds
-
-def test_combine_by_hand():
-    F, e = [10., 12., 11.], [.5, .4, .6]
-    logs, relative = np.log(F), np.square(e) / np.square(F)
-    between, within = logs.var(ddof=1) / 3, relative.mean()  # the seeds share their samples: errors do not average out
-    df = (between + within)**2 / (between**2 / 2 + within**2 / 49)
-    reach = student.ppf(.95, df) * math.sqrt(between + within)
-    assert combine_seeds(F, e, 50, .9) == pytest.approx((math.exp(logs.mean()), math.exp(logs.mean() - reach), math.exp(logs.mean() + reach)))
-
-
-def test_combine_one_seed_and_no_error():
-    reach = student.ppf(.975, 49) * .05
-    assert combine_seeds([10.], [.5], 50) == pytest.approx((10, 10 * math.exp(-reach), 10 * math.exp(reach)))
-    assert combine_seeds([10., 10.], [0., 0.], 50) == pytest.approx((10, 10, 10))
-
-
-@pytest.mark.parametrize("between, within", [(.05, .02), (.02, .05), (.03, 0.)])
-def test_combined_interval_covers(between, within):
-    "Three seeds of one sample, 1500 times: a 95% interval covers the truth in 93% or more (binomial: fewer has p < 0.1%)."
-    rng, truth = np.random.default_rng(0), 40.
-    values = truth * np.exp(within * rng.standard_normal((1500, 1)) + between * rng.standard_normal((1500, 3)))
-    ends = [combine_seeds(v.tolist(), (within * v).tolist(), 50) for v in values]
-    assert .93 <= np.mean([low <= truth <= high for _, low, high in ends])
-    if within: assert np.mean([low <= truth <= high for _, low, high in ends]) < .995
-
-
 # --- warnings
 
-GOOD = dict(layer="a", seed=0, n_neurons=10, n_features=80, n_samples=99, effective_features=20., low=19., high=21., stderr=.5, superposition=2.,
+GOOD = dict(layer="a", seed=0, n_neurons=10, n_features=80, n_samples=99, effective_features=20., low=19., high=21., stderr=.5, df=24., superposition=2.,
             l0=3., fvu=.1, dead_fraction=.1, converged=True, warning="")
 
 
@@ -332,7 +304,7 @@ def test_plot(two):
 
 
 def test_plot_shows_flags():
-    m = Measurement(pd.DataFrame([GOOD, GOOD | dict(layer="b", warning="dense code")]).drop(columns=["seed", "stderr"]), pd.DataFrame([GOOD]), {})
+    m = Measurement(pd.DataFrame([GOOD, GOOD | dict(layer="b", warning="dense code")]).drop(columns=["seed", "stderr", "df"]), pd.DataFrame([GOOD]), {})
     ax = m.plot()
     faces = [to_rgba(line.get_markerfacecolor()) == to_rgba("white") for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert faces == [False, True] and "flagged" in [t.get_text() for t in ax.get_legend().get_texts()]
@@ -340,7 +312,7 @@ def test_plot_shows_flags():
 
 def test_repr(two):
     row = pd.DataFrame([GOOD | dict(effective_features=20.123456, low=19.04, fvu=.12345, dead_fraction=.999, superposition=2.0123)])
-    text = repr(Measurement(row.drop(columns=["seed", "stderr"]), row, {}))
+    text = repr(Measurement(row.drop(columns=["seed", "stderr", "df"]), row, {}))
     assert text.startswith("Superposition of 1 layer(s), 1 seed(s)\n") and "flagged" not in text
     assert text.splitlines()[2].split() == ["a", "10", "80", "99", "20.1", "19.0", "21.0", "2.01", "3.0", "0.123", "1.00", "True"]
     assert "1 seed(s)" not in repr(two) and "flagged" in repr(two)

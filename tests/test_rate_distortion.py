@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from superposition_lc import measurement
 from superposition_lc.activations import Activations
 from superposition_lc.data import planted_activations
-from superposition_lc.measurement import combine_seeds, measure_activations
+from superposition_lc.entropy import combine_seeds
+from superposition_lc.measurement import measure_activations
 from superposition_lc.rate_distortion import RateCurve, RateDistortion, area_between, point_warning, rate_distortion
 from superposition_lc.sae import SAEConfig
 
@@ -24,16 +24,16 @@ module = importlib.import_module("superposition_lc.rate_distortion")  # the pack
 SMOKE = SAEConfig(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=60)
 RELU = replace(SMOKE, kind="relu")
 X = planted_activations(12, 8, 500).activations
-COLUMNS = "layer l1 seed n_neurons effective_features stderr fvu l0 dead_fraction converged warning".split()
+COLUMNS = "layer l1 seed n_neurons effective_features stderr df fvu l0 dead_fraction converged warning".split()
 
 
 def traced(x=X, *args, config=SMOKE, seeds=2, **kwargs):
     return rate_distortion(x, *args, config=config, seeds=seeds, progress=False, **kwargs)
 
 
-def synthetic(curves, fvu=(.01, .03, .1, .3, .6), layer="a", stderr=0., l0=1., n_neurons=10, converged=True):
+def synthetic(curves, fvu=(.01, .03, .1, .3, .6), layer="a", stderr=0., l0=1., n_neurons=10, converged=True, df=49.):
     "A result whose seeds follow known functions F(FVU)."
-    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), fvu=f,
+    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), df=df, fvu=f,
                  l0=l0(f) if callable(l0) else l0, dead_fraction=0., converged=converged) for s, F in enumerate(curves) for f in fvu]
     return RateDistortion(pd.DataFrame([r | dict(warning=point_warning(r)) for r in rows]), {})
 
@@ -118,9 +118,9 @@ def test_at_is_the_geometric_mean_of_the_seeds_with_students_interval():
 @pytest.mark.parametrize("scales", [[4.], [4., 5., 4.5]], ids=len)
 def test_the_interval_is_that_of_a_measurement(scales):
     "Sampling error and seeds' error are combined as for one penalty."
-    row = synthetic([law(s) for s in scales], stderr=.05).at(.1).iloc[0]
+    row = synthetic([law(s) for s in scales], stderr=.05, df=12.).at(.1).iloc[0]
     F = [law(s)(.1) for s in scales]
-    assert (row.effective_features, row.low, row.high) == pytest.approx(combine_seeds(F, [.05 * f for f in F], 50))
+    assert (row.effective_features, row.low, row.high) == pytest.approx(combine_seeds(F, [.05 * f for f in F], 12.))
 
 
 def test_at_is_unmoved_by_the_order_of_rows(two):
@@ -230,10 +230,6 @@ GOOD = dict(effective_features=20., fvu=.1, l0=2., n_neurons=10, converged=True)
     (dict(effective_features=0.), "nothing fires"), (dict(effective_features=math.nan), "diverged"), (dict(l0=9., converged=False), "dense code; not converged")], ids=str)
 def test_point_warnings(change, says):
     assert point_warning(GOOD | change) == says
-
-
-def test_a_code_is_dense_where_a_measurement_says_so():
-    assert module.DENSE == measurement.DENSE
 
 
 def test_warnings_are_those_of_the_points_beside_the_distortion():
