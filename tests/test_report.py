@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superposition_lc.cli import EXPERIMENTS
-from superposition_lc.report import COLUMNS, FIGURES, as_html, compared, entry, figure_numbers, judged, numbers, other_settings, read_report, verdict, without_result, write_report
+from superposition_lc.report import COLUMNS, FIGURES, as_html, claimed, compared, entry, figure_numbers, judged, numbers, other_settings, read_report, verdict, without_result, write_report
 from superposition_lc.statistics import seed_interval
 
 NAN = math.nan
@@ -23,7 +23,7 @@ def test_verdict_is_the_rule(published, error, ours, below, above):
     low, high = ours - below, ours + above
     said, why = verdict(published, error, ours, low, high)
     overlap = max(low, published - 2 * error) <= min(high, published + 2 * error)
-    assert said == ("differs" if not overlap else "cannot tell" if high - low > abs(published) else "agrees")
+    assert said == ("differs" if not overlap else "cannot tell" if high - low >= abs(published) > 0 else "agrees")
     assert bool(why) == (said != "agrees")
 
 
@@ -44,6 +44,13 @@ def test_a_row_makes_its_interval_from_seeds():
     assert list(r) == COLUMNS and r["n"] == 3 and (r["ours"], r["low"], r["high"]) == pytest.approx(seed_interval([.8, .9, 1.]))
     alone, nothing, given_one = compared("", "x", 1, 2.), compared("", "x", 1, []), compared("", "x", 1, 2., interval=(1.5, 3))
     assert alone["ours"] == 2 and math.isnan(alone["low"]) and math.isnan(nothing["ours"]) and (given_one["low"], given_one["high"]) == (1.5, 3)
+
+
+@pytest.mark.parametrize("holds, ours, said", [([True] * 3, (1, 1, 1), "agrees"), ([True, False], (.5, .5, .5), "differs"), ([None, None], (.5, 0, 1), "cannot tell"),
+                                               ([True, None], (.75, .5, 1), "agrees"), ([False], (0, 0, 0), "differs"), ([], (NAN,) * 3, "cannot tell")], ids=str)
+def test_claims(holds, ours, said):
+    r = claimed("4b", "it falls", holds)
+    assert (r["ours"], r["low"], r["high"]) == pytest.approx(ours, nan_ok=True) and r["n"] == len(holds) and judged([r]).verdict.item() == said
 
 
 def test_intervals_over_seeds_cover():
