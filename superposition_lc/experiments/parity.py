@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'PUBLISHED_SCALING', 'PUBLISHED_DROPOUT', 'parity_inputs', 'stratified_split', 'parity_gradients',
            'ParityNets', 'train_parity', 'ParityConfig', 'scaling', 'dropout', 'run', 'growth', 'slopes', 'lowered',
-           'plot_scaling', 'plot_dropout', 'figure_4a', 'figure_4bc', 'reading', 'report']
+           'plot_scaling', 'plot_dropout', 'figure_4a', 'figure_4bc', 'reading', 'report', 'comparison']
 
 # %% ../../nbs/experiments/11_parity.ipynb #2bbbdb32
 import math
@@ -17,13 +17,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-
 from ..entropy import feature_shares
 from ..measurement import row_warning
 from ..merging import merge_split_features, recurring_features
 from ..plotting import COLOURS, axes, figure
+from ..report import claimed, compared
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
+from ..statistics import seed_interval
 
 # %% ../../nbs/experiments/11_parity.ipynb #b6685008
 def parity_inputs(n_tasks:int=3, # tasks, one control bit each
@@ -250,13 +251,6 @@ def _slope(x, y):
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / (x * x).sum()) if len(x) > 1 and (x * x).sum() > 0 else math.nan
 
-def _interval(values, level=.95):
-    "(mean, low, high) of one number a seed, by Student's t; no interval for a single seed."
-    from scipy.special import stdtrit
-    v = torch.tensor(list(values), dtype=torch.float64)
-    half = float(stdtrit(len(v) - 1, (1 + level) / 2)) * v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan
-    return v.mean().item(), v.mean().item() - half, v.mean().item() + half
-
 def growth(table:pd.DataFrame,                  # of `run` or `scaling`
            column:str="effective_features",     # or "merged", "merged_rows"
           )->pd.DataFrame: # a row an estimator, penalty and budget: exponent with interval, ends of F, silent rows, published exponent
@@ -267,7 +261,7 @@ def growth(table:pd.DataFrame,                  # of `run` or `scaling`
         fires = part[part[column] > 0]
         log2 = lambda s: s.astype(float).map(math.log2)
         each = [_slope(log2(p.n_features), log2(p[column])) for _, p in fires.groupby("seed")]
-        mean, low, high = _interval(each) if each else (math.nan,) * 3
+        mean, low, high = seed_interval(each) if each else (math.nan,) * 3
         F = part.groupby("n_features")[column].mean()
         ends = PUBLISHED_SCALING.get(l1) if estimator == "released" else None
         published = math.nan if not ends else math.log2(ends[1][1] / ends[0][1]) / math.log2(ends[1][0] / ends[0][0])
@@ -282,7 +276,7 @@ def slopes(table:pd.DataFrame, # of `run` or `dropout`
     if t.empty: raise ValueError("table holds no dropout: run with widths")
     for (width, budget), part in t.groupby(["width", "budget"], sort=False):
         each = [_slope(p.rate, p.effective_features) / p.effective_features[p.rate == 0].iloc[0] for _, p in part.groupby("seed")]
-        mean, low, high = _interval(each)
+        mean, low, high = seed_interval(each)
         mid = part.groupby("rate")[["effective_features", "accuracy"]].mean().iloc[[0, -1]]
         published = PUBLISHED_DROPOUT.get(width, ((math.nan,) * 2,) * 2)
         rows.append(dict(width=width, budget=budget, slope=mean, low=low, high=high, F_first=mid.effective_features.iloc[0], F_last=mid.effective_features.iloc[1],
@@ -389,3 +383,23 @@ def report(table:pd.DataFrame,  # of `run`
     for name, t in tables.items():
         with atomic_path(Path(out) / name) as p: t.to_csv(p, index=False)
     return reading(table)
+
+# %% ../../nbs/experiments/11_parity.ipynb #58c8dd57
+_WHY, _LESS = "F moves with the length of the autoencoder's training, see the two budgets", "not run at this scale"
+
+def comparison(table:pd.DataFrame,  # of `run`
+               config:ParityConfig)->list: # of `superposition_lc.report.compared`
+    "The numbers of Figs. 4a to 4c: the released loss, the full budget. Errors are what reading off the figures leaves open."
+    full, rows = table[table.budget == "full"], []
+    scaled, dropped = full[(full.figure == "scaling") & (full.estimator == "released")], full[full.figure == "dropout"]
+    for l1, ends in PUBLISHED_SCALING.items():
+        for d, F in ends:
+            ours = scaled[(scaled.l1 == l1) & (scaled.n_features == d)].effective_features
+            rows.append(compared("4a", f"F at penalty {l1:g}, dictionary of {d}", F, ours, .017 * F, reason=_WHY if len(ours) else _LESS))
+    for figure, column, k, error, why in (("4b", "effective_features", 0, .5, _WHY), ("4c", "accuracy", 1, .005, "")):
+        for width, ends in PUBLISHED_DROPOUT.items():
+            for rate, value in zip((0., .9), ends[k]):
+                ours = dropped[(dropped.width == width) & (dropped.rate == rate)][column]
+                rows.append(compared(figure, f"{column.replace('_', ' ')} at width {width}, dropout {rate:g}", value, ours, error, reason=why if len(ours) else _LESS))
+    F = dropped.pivot_table(index=["width", "seed"], columns="rate", values="effective_features")
+    return [*rows, claimed("4b", "F is lower at dropout 0.9 than without, by width and seed", F[.9] < F[0.] if {0., .9} <= set(F) else [])]
