@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'MEMORISED', 'ONSET', 'GENERALISED', 'PUBLISHED', 'DROP', 'QUANTITIES', 'TwoPathMLP', 'pairs',
            'grokking_gradients', 'GrokkingConfig', 'Trained', 'train_networks', 'evaluate', 'run', 'phases',
-           'correlations', 'figure_6b', 'figure_scale', 'summary', 'correlation_summary', 'reading', 'report']
+           'correlations', 'figure_6b', 'figure_scale', 'summary', 'correlation_summary', 'reading', 'report',
+           'comparison']
 
 # %% ../../nbs/experiments/14_grokking.ipynb #4fc1097a
 import math
@@ -15,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-
 from ..entropy import hill_number
 from ..llc import local_learning_coefficient
 from ..measurement import row_warning
 from ..plotting import COLOURS, figure
+from ..report import claimed, compared
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 
@@ -340,3 +341,19 @@ def report(table:pd.DataFrame,     # of `run`
     for name, t in (("phases.csv", phases(table)), ("correlations.csv", correlations(table))):
         with atomic_path(Path(out) / name) as p: t.to_csv(p, index=False)
     return reading(table)
+
+# %% ../../nbs/experiments/14_grokking.ipynb #51d7894e
+def comparison(table:pd.DataFrame,     # of `run`
+               config:GrokkingConfig)->list: # of `superposition_lc.report.compared`
+    "The numbers of Fig. 6b, over the networks that generalise."
+    p, first = phases(table), table.estimator.iloc[0]
+    p = p[p.generalised.notna()]
+    own = p[p.estimator == first]
+    r = correlations(table).query("part == 'all' and generalises and quantity == @name", local_dict=dict(name=f"F, {first}")).r
+    none = "" if len(own) else f"no network generalises within {config.steps} steps"
+    after, spread = sum(PUBLISHED["after"]) / 2, (PUBLISHED["after"][1] - PUBLISHED["after"][0]) / 4
+    one = none or "the published values are of one run"
+    rows = [compared("6b", "F while memorising", PUBLISHED["memorising"], own.f_memorising, .5, reason=one), compared("6b", "F after the transition", after, own.f_after, spread, reason=one),
+            compared("6b", "local learning coefficient, peak", PUBLISHED["llc_peak"], own.llc_peak, .5, reason=one), compared("6b", "local learning coefficient, end", PUBLISHED["llc_end"], own.llc_end, .5, reason=one),
+            compared("6b", "r of F with the coefficient", PUBLISHED["r"], r, .00025, reason=none or "one published run; the first checkpoints carry r")]
+    return rows + [claimed("6b", f"F falls at the transition, {e}", p[p.estimator == e].ratio < 1, none) for e in table.estimator.unique()]

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'PUBLISHED_L0', 'PUBLISHED_ALIVE', 'PUBLISHED_WIDTH', 'SCALES', 'published', 'load_text',
            'train_tokenizer', 'make_model', 'train_language_model', 'LanguageConfig', 'load_site_saes',
            'train_site_saes', 'run', 'plot_layers', 'plot_published', 'figure_6a', 'plot_convergence',
-           'figure_dimensions', 'reading', 'report']
+           'figure_dimensions', 'reading', 'report', 'comparison']
 
 # %% ../../nbs/experiments/12_language.ipynb #8bab7777
 import math
@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-
 from ..activations import capture
 from ..geometry import tame
 from ..plotting import COLOURS, axes, figure, interval_plot
 from ..pretrained import load_sae
+from ..report import claimed, compared
 from ..runs import atomic_path, progress_bar
 from ..sae import SAEConfig, train_sae
 from ..text import KINDS, Tamed, find_sites, load_language_model, measure_text, need_transformers, read_texts, text_batches
@@ -308,3 +308,25 @@ def report(table:pd.DataFrame, config:LanguageConfig, out:str|Path)->str: # the 
         with atomic_path(Path(out) / f"{name}.png") as p: fig.savefig(p)
         plt.close(fig)
     return reading(table, config)
+
+# %% ../../nbs/experiments/12_language.ipynb #a53cbc25
+def comparison(table:pd.DataFrame, # of `run`
+               config:LanguageConfig)->list: # of `superposition_lc.report.compared`
+    "The numbers of Fig. 6a where the network is Pythia-70M; the claims about their order anywhere."
+    t, rows = _sites(table, "trained"), []
+    same = config.model.endswith("pythia-70m-deduped") and bool(config.saes)
+    net = config.model or f"{config.n_layers} layers of width {config.width}, trained here"
+    why, where = ("", "") if same else (f"another network: {net}", f" ({net})")
+    def row(what, value, of, error): rows.append(compared("6a", what, value, of if same else math.nan, error, reason=why))
+    for kind, values in PUBLISHED.items():
+        for depth, F in enumerate(values, kind != "embedding"):
+            row(f"F, {kind}{f' {depth}' if depth else ''}", F, t[(t.kind == kind) & (t.depth == depth)].effective_features, 25.)
+    mlp = t[(t.kind == "mlp") & (t.depth == 1)]
+    row("features that fire, mlp 1", 21_000., (1 - mlp.dead_fraction) * mlp.n_features, 250.)
+    curve = table[(table.part == "curve") & (table.network == "trained") & (table.kind == "mlp") & (table.depth == 1)]
+    halves = [c.effective_features[(c.n_documents - 100).abs().idxmin()] / c.effective_features.iloc[-1] for _, c in curve.groupby("seed")]
+    row("F of 100 documents over F of all, mlp 1", .5, halves, .05)
+    mean = t.pivot_table(index="seed", columns="kind", values="effective_features", dropna=False).reindex(columns=["mlp", "residual", "attention"])
+    rows.append(claimed("6a", f"MLP > residual > attention in F, mean over depth{where}", [None if m.isna().any() else m.mlp > m.residual > m.attention for _, m in mean.iterrows()]))
+    peak = t[t.kind == "mlp"].pivot_table(index="seed", columns="depth", values="effective_features", dropna=False)
+    return [*rows, claimed("6a", f"F of the MLPs is largest in the second layer{where}", [None if m.isna().any() else m.idxmax() == 2 for _, m in peak.iterrows()])]
