@@ -7,10 +7,13 @@ import stat
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from superposition_lc import runs
-from superposition_lc.runs import atomic_path, progress_bar, provenance
+from superposition_lc.plotting import figure
+from superposition_lc.runs import atomic_path, progress_bar, provenance, write_results
 
 
 @pytest.fixture
@@ -50,6 +53,14 @@ def test_move_that_fails_leaves_the_old_file_alone(old, monkeypatch):
         with atomic_path(old) as p:
             p.write_text("new")
     assert old.read_text() == "old" and os.listdir(old.parent) == ["table.json"]
+
+
+def test_results_are_written_and_figures_closed(tmp_path):
+    (fig, _), (other, _) = figure(), figure()
+    write_results(tmp_path / "a", {"t.csv": (t := pd.DataFrame(dict(n=[1, 2], layer=["x", "y, z"]))), "f.png": fig})
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a" / "t.csv"), t)
+    assert (tmp_path / "a" / "f.png").read_bytes().startswith(b"\x89PNG") and sorted(os.listdir(tmp_path / "a")) == ["f.png", "t.csv"]
+    assert plt.get_fignums() == [other.number]
 
 
 KILLED = """

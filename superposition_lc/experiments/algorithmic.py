@@ -27,7 +27,7 @@ from ..measurement import row_warning
 from ..plotting import COLOURS, axes, figure
 from ..rate_distortion import RateDistortion, rate_distortion
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar
+from ..runs import progress_bar, write_results
 from ..sae import SAEConfig, train_sae
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #da178874
@@ -674,15 +674,8 @@ def report(table:pd.DataFrame,       # of `run`
            config:AlgorithmicConfig, # that it was made with
            out:str|Path)->str:       # folder; the reading is returned
     "Write figure-5-TASK-ESTIMATOR.png, controls.png and verdict.csv to `out`, each whole or not at all."
-    import matplotlib.pyplot as plt
-    out = Path(out)
-    def save(name, fig):
-        with atomic_path(out / name) as p: fig.savefig(p)
-        plt.close(fig)
-    for task in config.tasks:
-        for e in ESTIMATORS: save(f"figure-5-{task}-{e}.png", figure_5(table, task, e))
-    save("controls.png", figure_controls(table))
-    with atomic_path(out / "verdict.csv") as p: verdict(table).to_csv(p, index=False)
+    write_results(out, {f"figure-5-{t}-{e}.png": figure_5(table, t, e) for t in config.tasks for e in ESTIMATORS}
+                  | {"controls.png": figure_controls(table), "verdict.csv": verdict(table)})
     return reading(table)
 
 def figure_controls(table):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..measurement import row_warning
 from ..plotting import COLOURS, axes, figure
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar
+from ..runs import progress_bar, write_results
 from ..sae import SAEConfig, SparseAutoencoder, sae_quality, train_sae
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #4f87f6bb
@@ -371,21 +371,13 @@ def report(table:pd.DataFrame, # of `run`
            config:ToyConfig,   # that it was made with
            out:str|Path)->str: # folder; the reading is returned
     "Write figure-2b.png, figure-3a-*.png, figure-3b-*.png, agreement.csv and stability.csv to `out`, each whole or not at all."
-    out = Path(out)
-    def save(name, fig):
-        with atomic_path(out / name) as p: fig.savefig(p)
-        import matplotlib.pyplot as plt
-        plt.close(fig)
     S = [.001, .7, .95, .995]
     W, _ = train_toy_models(S, config.n_features, config.n_neurons, config.importance, config.steps, config.batch_size, seed=config.seed, progress=False)
     fig, ax = figure(len(S), width=2, height=2.2)
     for w, s, a in zip(W, S, ax): plot_interference(w, s, a)
-    save("figure-2b.png", fig)
-    tables = {"agreement.csv": summary(agreement(table)), "stability.csv": (bands := stability_bands(table))}
-    for name, t in tables.items():
-        with atomic_path(out / name) as p: t.to_csv(p, index=False)
-    for name in table[table.axis == ""].estimator.unique(): save(f"figure-3a-{name}.png", figure_3a(table, name))
-    for name in bands.estimator.unique(): save(f"figure-3b-{name}.png", figure_3b(bands, name))
+    write_results(out, {"figure-2b.png": fig, "agreement.csv": summary(agreement(table)), "stability.csv": (bands := stability_bands(table))}
+                  | {f"figure-3a-{e}.png": figure_3a(table, e) for e in table[table.axis == ""].estimator.unique()}
+                  | {f"figure-3b-{e}.png": figure_3b(bands, e) for e in bands.estimator.unique()})
     return reading(table)
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #a9c950d2
