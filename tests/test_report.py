@@ -2,14 +2,16 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 
 from superposition_lc.cli import EXPERIMENTS
+from superposition_lc.experiments import algorithmic, grokking, language, sweep
 from superposition_lc.report import COLUMNS, FIGURES, as_html, claimed, compared, entry, figure_numbers, judged, numbers, other_settings, read_report, verdict, without_result, write_report
-from superposition_lc.statistics import seed_interval
+from superposition_lc.statistics import planted_table, seed_interval
 
 NAN = math.nan
 number = st.floats(-1e6, 1e6)
@@ -127,3 +129,62 @@ def test_a_failed_write_keeps_the_old_report(report, tmp_path, monkeypatch):
     monkeypatch.setattr("superposition_lc.report.as_html", lambda r: 1 / 0)
     with pytest.raises(ZeroDivisionError): write_report("laptop", "0.1.0", [], tmp_path)
     assert "RuntimeError" in (tmp_path / "report.html").read_text() and read_report(tmp_path) == report
+
+
+# --- what experiments compare: tables in which the paper's numbers are planted agree with the paper
+
+def verdicts(rows): return {r.quantity: r.verdict for r in judged(rows).itertuples()}
+
+
+def test_grokking_compares_the_networks_that_generalise():
+    F, accuracy = [100., *[176.] * 6, *[155.] * 4], [0.] * 7 + [.95] * 4
+    llc = [48., 47, 46, 45, 44, 43, 42, 24, 23, 22, 22]
+    rows = [dict(seed=s, step=k, estimator=e, train_accuracy=1., test_accuracy=accuracy[k] * (s < 3), effective_features=F[k] * (1 if s < 3 else 9) + s, llc=llc[k], variance=k, pca_features=k, participation=k)
+            for s in range(4) for e in ("raw", "scaled") for k in range(11)]
+    said = verdicts(grokking.comparison(pd.DataFrame(rows), grokking.SCALES["laptop"]))
+    assert said.pop("r of F with the coefficient") == "differs" and set(said.values()) == {"agrees"} and len(said) == 6
+    never = grokking.comparison(pd.DataFrame(rows).assign(test_accuracy=0.), grokking.SCALES["laptop"])
+    assert set(verdicts(never).values()) == {"cannot tell"} and "no network generalises within 20000 steps" in never[0]["reason"]
+
+
+def test_language_compares_pythia_only():
+    first = dict(network="trained", alive=1., warning="")
+    sites = [first | dict(part="site", seed=s, kind=kind, depth=depth, effective_features=F, dead_fraction=1 - 21_000 / 32_768, n_features=32_768)
+             for s in range(2) for kind, values in language.PUBLISHED.items() for depth, F in enumerate(values, kind != "embedding")]
+    curve = [first | dict(part="curve", seed=s, kind="mlp", depth=1, n_documents=n, effective_features=F) for s in range(2) for n, F in ((10, 900.), (110, 3100.), (20_000, 6200.))]
+    table = pd.DataFrame(sites + curve)
+    said = verdicts(language.comparison(table, language.SCALES["paper"]))
+    assert set(said.values()) == {"agrees"} and len(said) == 23
+    other = language.comparison(table, language.SCALES["laptop"])
+    assert sum(v == "cannot tell" for v in verdicts(other).values()) == 21 and "another network: 3 layers of width 48" in other[0]["reason"]
+    withheld = table.assign(effective_features=table.effective_features.where(table.kind != "residual"))
+    assert verdicts(language.comparison(withheld, language.SCALES["paper"]))["MLP > residual > attention in F, mean over depth"] == "cannot tell"
+
+
+def test_algorithmic_compares_programs_and_the_bound():
+    def row(**k): return dict(seed=0, accuracy=1., layer="layer 0", kept_rank=3, warning="", known=8., superposition=.3) | k
+    rows = [row(task=t, network="compiled", n=45, estimator=e, seed=s, effective_features=F) for t, F in algorithmic.PUBLISHED.items() for e in algorithmic.ESTIMATORS for s in range(2)]
+    rows += [row(task=t, network="compressed", n=n, estimator=e, superposition=psi, effective_features=n * psi, accuracy=ok) for t in algorithmic.PUBLISHED
+             for n, psi, ok in ((12, 1., 1.), (8, 1.05, 1.), (4, 3., .9)) for e in algorithmic.ESTIMATORS]
+    rows += [row(task="planted", network="orthogonal", n=n, estimator=e, effective_features=8.) for n in (12, 8, 4) for e in algorithmic.ESTIMATORS]
+    table = pd.DataFrame(rows)
+    said = verdicts(algorithmic.comparison(table, algorithmic.SCALES["laptop"]))
+    assert set(said.values()) == {"agrees"} and len(said) == 8
+    solved = verdicts(algorithmic.comparison(table.assign(accuracy=1.), algorithmic.SCALES["laptop"]))  # psi of 3 counts as soon as the network solves its task
+    assert [v for q, v in solved.items() if "psi" in q] == ["differs"] * 4
+
+
+def test_the_sweep_compares_what_it_has():
+    step = {2: 1, 3: 2, 5: 3, 10: 4}
+    one = dict(layers={"relu1": 100}, widths=(8, 16, 32, 64), seeds=4, network_sd=.005, inputs_sd=.002)
+    slope = lambda k, w: -.745 * (step[k] - 2) + .22 * math.log(w / 8)
+    table = pd.concat([planted_table(lambda k, w: slope(k, w) - 1.467 * (d != "mnist"), datasets=(d,), reading=r, **one) for d in ("mnist", "fashion_mnist") for r in sweep.READINGS[:2]])
+    table = table.assign(warning="")
+    said = verdicts(sweep.comparison(table, sweep.SCALES["laptop"]))
+    for what in ("H2, slope per step of complexity", "H3, slope per log width, one layer", "Fashion-MNIST less MNIST, slope", "H1, F falls everywhere, is rejected"):
+        assert said[f"{what}, released"] == said[f"{what}, default"] == "agrees", what
+    assert said["slope over F(0), mnist, 2 classes, cnn1 of width 8, released"] == "differs"  # planted: 0.745
+    assert said["F / F(0) down to, ResNet-18, early layers, default"] == "cannot tell"
+    shown = {r["quantity"]: r for r in sweep.comparison(table, sweep.SCALES["laptop"])}
+    assert shown["slope over F(0), mnist, 2 classes, cnn1 of width 8, released"]["ours"] == pytest.approx(.745, abs=.02)
+    assert shown["H3, slope per log width, ResNet-18, released"]["reason"] == "not in this sweep"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'READINGS', 'VERSION', 'SCALES', 'network', 'measured_layers', 'Cell', 'participation_ratio',
-           'measure_cell', 'Grid', 'SweepConfig', 'tidy', 'run', 'changes', 'plot_changes', 'reading', 'report']
+           'measure_cell', 'Grid', 'SweepConfig', 'tidy', 'run', 'changes', 'plot_changes', 'reading', 'report',
+           'comparison']
 
 # %% ../../nbs/experiments/16_sweep.ipynb #fe886029
 import math
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
-
 from .. import __version__
 from ..activations import capture
 from ..cells import run_cells
@@ -26,9 +27,11 @@ from .adversarial import accuracy, attack, mlp, train_robust
 from ..measurement import measure_activations, row_warning
 from ..plotting import COLOURS, figure
 from ..rate_distortion import RateDistortion, rate_distortion
+from ..report import claimed, compared
 from ..runs import atomic_path
 from ..sae import SAEConfig, energy_scale
-from ..statistics import figure_7, figure_8, figure_9, figure_regimes, hypotheses
+from ..statistics import PUBLISHED_EFFECTS, PUBLISHED_RATIOS, PUBLISHED_RESNET, PUBLISHED_SLOPES
+from ..statistics import capacity, compare_datasets, complexity, figure_7, figure_8, figure_9, figure_regimes, hypotheses, network_slopes, seed_interval, universal_reduction
 
 # %% ../../nbs/experiments/16_sweep.ipynb #09eb79fe
 def _flat(body, shape, n_classes, hidden=None):
@@ -326,15 +329,9 @@ def changes(table:pd.DataFrame, # of `run`
     def one(t):
         ends = [t[t.eps == e].set_index("seed").sort_index() for e in (t.eps.max(), 0)]
         logs = (ends[0][value] / ends[1][value]).where(lambda r: (r > 0) & (r < math.inf)).map(math.log)
-        n, mean = len(logs), logs.mean(skipna=False)
-        half = _student(n) * logs.std(skipna=False) / math.sqrt(n) if n > 1 else math.nan
         flagged = pd.concat(ends).warning.ne("").mean()
-        return dict(ratio=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), n_seeds=n, flagged=flagged)
+        return dict(zip(("ratio", "low", "high"), map(math.exp, seed_interval(logs)))) | dict(n_seeds=len(logs), flagged=flagged)
     return pd.DataFrame([dict(zip(by, key)) | one(t) for key, t in table.groupby(by, sort=False)])
-
-def _student(n):
-    from scipy.special import stdtrit
-    return float(stdtrit(n - 1, .975))
 
 # %% ../../nbs/experiments/16_sweep.ipynb #5c207759
 _READING_COLOURS = dict(released="published", default="ours", equal_distortion="extra")
@@ -412,3 +409,58 @@ def report(table:pd.DataFrame,  # of `run`
         with atomic_path(Path(out) / name) as p: fig.savefig(p)
         plt.close(fig)
     return f"{reading(table)}\n\n{_verdicts(table)}"
+
+# %% ../../nbs/experiments/16_sweep.ipynb #d0f2e340
+_SINGLE = "mlp1", "cnn1" # networks of one layer
+_ABSENT = "not in this sweep"
+
+def _trend_row(figure, words, published, error, rows, reading, test):
+    "A trend with its interval, or why the table has none."
+    if rows.empty: return compared(figure, f"{words}, {reading}", published, math.nan, error, reason=_ABSENT)
+    try: c = test(rows, reading).combined
+    except ValueError as e: return compared(figure, f"{words}, {reading}", published, math.nan, error, reason=str(e))
+    made = f"{rows[_FIRST[:6]].drop_duplicates().shape[0]} networks on {', '.join(rows.dataset.unique())}, {', '.join(map(str, rows.n_classes.unique()))} classes"
+    return compared(figure, f"{words}, {reading}", published, c.effect, error, (c.low, c.high), made)
+
+def _slope_rows(table, reading):
+    "Slopes of single conditions, and one data set against the other."
+    try: s = network_slopes(table[table.reading == reading])
+    except ValueError: s = pd.DataFrame(columns=[*_CONDITION[:4], "normalised", "low", "high"])
+    for dataset, architecture, k, width, *ends in PUBLISHED_SLOPES.itertuples(index=False):
+        for w, value in zip((width,) if ends[0] == ends[1] else (16, 32), ends):
+            own = s[(s.dataset == dataset) & (s.architecture == architecture) & (s.n_classes == k) & (s.width == w)]
+            ours, *interval = own[["normalised", "low", "high"]].iloc[0] if len(own) else (math.nan,) * 3
+            yield compared("8", f"slope over F(0), {dataset}, {k} classes, {architecture} of width {w:g}, {reading}", value, ours, .0025, interval, "" if len(own) else _ABSENT)
+    try: c = compare_datasets(s)
+    except ValueError as e: yield compared("7", f"Fashion-MNIST less MNIST, slope, {reading}", -1.467, math.nan, .61, reason=str(e))
+    else:
+        half = float(stdtrit(c["df"], .975)) * c["stderr"]
+        yield compared("7", f"Fashion-MNIST less MNIST, slope, {reading}", -1.467, c["difference"], .61, (c["difference"] - half, c["difference"] + half), "the error that t(7) implies; 0.156 is printed")
+
+# %% ../../nbs/experiments/16_sweep.ipynb #c28ff28b
+def _ratio_rows(table, reading):
+    "F at the largest radius over F(0), of the kind of input and the width where it is largest (up to) or smallest (down to)."
+    t = changes(table[table.reading == reading])
+    def row(figure, words, published, rows):
+        r = (rows.ratio.idxmax() if published > 1 else rows.ratio.idxmin()) if rows.ratio.notna().any() else None
+        ours, *interval = (math.nan,) * 3 if r is None else t.loc[r, ["ratio", "low", "high"]]
+        return compared(figure, f"F / F(0) {'up' if published > 1 else 'down'} to, {words}, {reading}", published, ours, .025, interval, _ABSENT if r is None else "")
+    for dataset, architecture, k, layer, ratio in PUBLISHED_RATIOS.itertuples(index=False):
+        yield row("7", f"{dataset}, {k} classes, {architecture}, {layer}", ratio, t[(t.dataset == dataset) & (t.n_classes == k) & (t.architecture == architecture) & (t.layer == layer)])
+    resnet = t[t.architecture == "resnet18"]
+    for words, layers, ratio in zip(("early layers", "layers 3 and 4"), (("relu1", "layer1", "layer2"), ("layer3", "layer4")), PUBLISHED_RESNET):
+        yield row("9", f"ResNet-18, {words}", ratio, resnet[resnet.layer.isin(layers)])
+
+def comparison(table:pd.DataFrame,  # of `run`
+               config:SweepConfig)->list: # of `superposition_lc.report.compared`
+    "The numbers of Section 7 by the released reading, and by this package's."
+    rows, single, resnet = [], table[table.architecture.isin(_SINGLE)], table[table.architecture == "resnet18"]
+    for reading in ("released", "default"):
+        rows.append(_trend_row("7", "H2, slope per step of complexity", *PUBLISHED_EFFECTS["H2"], table, reading, complexity))
+        rows.append(_trend_row("8", "H3, slope per log width, one layer", *PUBLISHED_EFFECTS["H3"], single, reading, capacity))
+        rows.append(_trend_row("9", "H3, slope per log width, ResNet-18", 31., 2., resnet, reading, capacity))
+        rows += [*_slope_rows(table, reading), *_ratio_rows(table, reading)]
+        try: h = {"rejected": True, "supported": False}.get(universal_reduction(table, reading).verdict)
+        except ValueError: h = None
+        rows.append(claimed("7", f"H1, F falls everywhere, is rejected, {reading}", [h]))
+    return rows
