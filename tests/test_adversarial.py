@@ -12,7 +12,8 @@ from torch import nn
 from superposition_lc.activations import capture
 from superposition_lc.data import load_dataset
 from superposition_lc.experiments import adversarial as module
-from superposition_lc.experiments.adversarial import AdversarialConfig, accuracy, attack, mlp, plot, ramp, run, train_networks, train_robust
+from superposition_lc.experiments.adversarial import (ATTACKS, AdversarialConfig, accuracy, attack, check_attacks, mlp, plot, ramp, robust_loss, robust_scores, run,
+                                                      train_networks, train_robust)
 from superposition_lc.measurement import measure_activations
 from superposition_lc.sae import SAEConfig
 
@@ -42,10 +43,10 @@ def loss(model, x, y=DATA.y_test):
 # --- the attack
 
 @settings(max_examples=25)
-@given(eps=st.floats(1e-4, 1.5), steps=st.integers(1, 5), seed=st.integers(0, 2**31))
-def test_attack_stays_in_its_ball_and_in_range(model, eps, steps, seed):
+@given(eps=st.floats(1e-4, 1.5), steps=st.integers(1, 5), seed=st.integers(0, 2**31), method=st.sampled_from(ATTACKS))
+def test_attack_stays_in_its_ball_and_in_range(model, eps, steps, seed, method):
     x = DATA.x_test.clone()
-    attacked = attack(model, x, DATA.y_test, eps, steps, seed)
+    attacked = attack(model, x, DATA.y_test, eps, steps, seed, method)
     assert attacked.shape == x.shape and attacked.dtype == x.dtype and not attacked.requires_grad
     assert (attacked - x).abs().max() <= eps + 1e-6
     assert attacked.min() >= 0 and attacked.max() <= 1
@@ -68,16 +69,31 @@ def test_attack_does_harm(model):
 
 
 def test_attack_is_that_of_torchattacks(model):
-    from torchattacks import PGD
+    from torchattacks import FGSM, PGD
     found = attack(model, DATA.x_test, DATA.y_test, .1, steps=4, seed=5)
     torch.manual_seed(5)
     assert torch.equal(found, PGD(model, eps=.1, alpha=2.5 * .1 / 4, steps=4)(DATA.x_test, DATA.y_test))
 
 
-def test_attack_is_seeded_and_leaves_random_numbers_alone(model):
+    assert torch.equal(attack(model, DATA.x_test, DATA.y_test, .1, method="fgsm"), FGSM(model, eps=.1)(DATA.x_test, DATA.y_test))
+
+
+@pytest.mark.parametrize("method", ["pgd", "autoattack"])
+def test_attack_is_seeded_and_leaves_random_numbers_alone(model, method):
     state = torch.get_rng_state()
-    a, b, c = (attack(model, DATA.x_test, DATA.y_test, .1, 2, seed) for seed in (3, 3, 4))
+    a, b, c = (attack(model, DATA.x_test, DATA.y_test, .1, 2, seed, method) for seed in (3, 3, 4))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_autoattack_is_the_strongest(classes):
+    "Also where its targeted loss, which needs four logits, has no place."
+    data = load_dataset("digits", classes)
+    torch.manual_seed(0)
+    net = train_robust(mlp(64, (16,), classes), data, 0., replace(TINY, epochs=15)).eval()
+    x, y, eps = data.x_test[:60], data.y_test[:60], {2: .3, 3: .15, 10: .1}[classes]
+    fgsm, pgd, best = (accuracy(net, attack(net, x, y, eps, 10, method=m), y) for m in ("fgsm", "pgd", "autoattack"))
+    assert best <= pgd <= fgsm < accuracy(net, x, y) and best < .8
 
 
 def noisy_net():
@@ -86,14 +102,16 @@ def noisy_net():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.5), nn.Linear(8, 10))
 
 
-def test_attack_leaves_parameters_and_their_gradients_alone():
+@pytest.mark.parametrize("method", ATTACKS)
+def test_attack_leaves_parameters_and_their_gradients_alone(method):
+    "Left to itself, AutoAttack fills `.grad`."
     net = noisy_net()
     for i, p in enumerate(net.parameters()):
         p.grad = None if i == 0 else torch.randn_like(p)
     net[-1].bias.requires_grad_(False)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
-    attack(net, DATA.x_test, DATA.y_test, .1, 3)
+    attack(net, DATA.x_test[:20], DATA.y_test[:20], .1, 3, 0, method)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # running statistics, too
     assert all(p.grad is g if g is None else torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads))
     assert [p.requires_grad for p in net.parameters()] == [True] * 5 + [False]
@@ -139,6 +157,66 @@ def test_bad_radius_is_refused(model, eps):
         attack(model, DATA.x_test, DATA.y_test, eps)
 
 
+@pytest.mark.parametrize("bad", ["PGD", "cw", ""])
+def test_unknown_attack_is_refused(model, bad):
+    with pytest.raises(ValueError, match="method must be one of pgd, fgsm, autoattack, got"):
+        attack(model, DATA.x_test, DATA.y_test, .1, method=bad)
+
+
+# --- can the attack be believed?
+
+class Behind(nn.Module):
+    "A network behind a step that spoils its gradient."
+    def __init__(self, net, step):
+        super().__init__()
+        self.net, self.step = net, step
+    def forward(self, x): return self.step(self.net, x)
+
+
+def test_attacks_on_an_honest_network_are_believed(model):
+    t = check_attacks(model, DATA.x_test, DATA.y_test, (.3, .1, .5), steps=10)
+    assert t.radius.tolist() == [.1, .3, .5] and (t.warning == "").all() and (t.no_gradient == 0).all()
+    assert t.pgd.is_monotonic_decreasing and (t.pgd <= t.fgsm).all() and (t.fgsm < t.noise).all()
+    assert t.pgd.tolist() == [accuracy(model, attack(model, DATA.x_test, DATA.y_test, e, 10), DATA.y_test) for e in t.radius]
+
+
+SPOILED = {"rounded": (lambda net, x: net((8 * x).round() / 8), "no gradient at 100% of the images"), 
+           "saturated": (lambda net, x: net(x).double().mul(1e4).softmax(1).float(), "no gradient at"),
+           "shattered": (lambda net, x: net(x + .05 * (300 * x).sin()), "PGD weaker than")}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_masked_gradients_are_found(model, how):
+    step, says = SPOILED[how]
+    t = check_attacks(Behind(model, step), DATA.x_test, DATA.y_test, (.05, .1, .5), steps=5)
+    assert t.warning.str.contains(says).any(), t
+    scores = robust_scores(Behind(model, step), DATA, .1, .05, 5)
+    assert says in scores["attack_warning"]
+
+
+def test_accuracy_that_rises_is_suspicious():
+    r = dict(radius=.5, noise=.9, fgsm=.5, pgd=.5, no_gradient=0.)
+    assert module._suspicions(r, .4, .1, .02) == "accuracy rises with the radius; survives a radius that leaves no image"
+    assert module._suspicions(r | dict(pgd=.1, fgsm=.1), .4, .1, .02) == ""
+    assert module._suspicions(r | dict(radius=.3, pgd=.55, noise=.4), .6, .1, .02) == "PGD weaker than FGSM; PGD weaker than noise"
+
+
+def test_checking_leaves_the_network_alone():
+    net = noisy_net().eval()
+    net[1].weight.grad = torch.ones_like(net[1].weight)
+    state, before = torch.get_rng_state(), flags(net)
+    check_attacks(net, DATA.x_test, DATA.y_test, (.1,), 2)
+    assert torch.equal(state, torch.get_rng_state()) and flags(net) == before and (net[1].weight.grad == 1).all() and net[1].bias.grad is None
+
+
+def test_scores_of_a_network(model):
+    s = robust_scores(model, DATA, 0., .1, 4)
+    assert s["accuracy"] == s["accuracy_eps"] == s["accuracy_fgsm"] == accuracy(model, DATA.x_test, DATA.y_test) and s["attack_warning"] == ""
+    s = robust_scores(model, DATA, .2, .1, 4, seed=3)
+    for column, eps, how in [("accuracy_eps", .2, "pgd"), ("accuracy_common", .1, "pgd"), ("accuracy_fgsm", .2, "fgsm")]:
+        assert s[column] == accuracy(model, attack(model, DATA.x_test, DATA.y_test, eps, 4, 3, how), DATA.y_test)
+
+
 # --- networks and training
 
 def test_mlp():
@@ -160,7 +238,7 @@ def test_ramp():
 
 @pytest.mark.parametrize("bad, name", [(dict(eps=()), "eps"), (dict(eps=(0., -.1)), "eps"), (dict(eps=(.1, .1)), "eps"), (dict(widths=()), "widths"),
                                        (dict(widths=(8, 0)), "widths"), (dict(eps=(0., math.nan)), "eps"), (dict(eps=(math.inf,)), "eps"),
-                                       (dict(attack_steps=0), "attack_steps"), (dict(batch_size=0), "batch_size"), (dict(sae_seeds=0), "sae_seeds")], ids=str)
+                                       (dict(attack_steps=0), "attack_steps"), (dict(attack="autoattack"), "attack"), (dict(weighting="half"), "weighting"), (dict(batch_size=0), "batch_size"), (dict(sae_seeds=0), "sae_seeds")], ids=str)
 def test_bad_settings_are_refused(bad, name):
     with pytest.raises(ValueError, match=f"{name} must"):
         AdversarialConfig(**bad)
@@ -180,6 +258,44 @@ def test_training_is_deterministic(eps):
         return train_robust(net, DATA, eps, replace(TINY, seed=seed)).state_dict()
     a, b, c = trained(0, 1), trained(0, 2), trained(1, 1)
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["fc1.weight"], c["fc1.weight"])
+
+
+def gradient(net, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())])
+
+
+@pytest.mark.parametrize("method, steps", [("pgd", 3), ("pgd", 1), ("fgsm", 7)])
+def test_released_weighting_adds_the_gradient_of_the_last_step(method, steps):
+    "The released training step, written out: PGD whose backward leaves its last gradient in the parameters."
+    torch.manual_seed(0)
+    net, x, y, eps, ce = mlp(64, (16,), 10), DATA.x_train[:50], DATA.y_train[:50], .2, nn.functional.cross_entropy
+    config = AdversarialConfig(attack=method, attack_steps=steps, weighting="released")
+    found = gradient(net, robust_loss(net, x, y, eps, config, seed=5))
+    torch.manual_seed(5)
+    moved, step = (x.clone(), eps) if method == "fgsm" else ((x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1), 2.5 * eps / steps)
+    for _ in range(1 if method == "fgsm" else steps):
+        moved.requires_grad_()
+        net.zero_grad()
+        ce(net(moved), y).backward()
+        moved = (x + (moved.detach() + step * moved.grad.sign() - x).clamp(-eps, eps)).clamp(0, 1).detach()
+    (.5 * ce(net(x), y) + .5 * ce(net(moved), y)).backward()  # without zero_grad
+    assert torch.allclose(found, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6)
+    even = gradient(net, robust_loss(net, x, y, eps, replace(config, weighting="even"), seed=5))
+    assert found.norm() > 1.5 * even.norm()
+
+
+def test_without_attack_weightings_and_attacks_are_one():
+    def trained(**how):
+        torch.manual_seed(0)
+        return train_robust(mlp(64, (8,), 10), DATA, 0., replace(TINY, **how)).state_dict()
+    a, *others = trained(), trained(weighting="released"), trained(attack="fgsm")
+    assert all(torch.equal(a[k], o[k]) for o in others for k in a)
+
+
+def test_training_against_fgsm_makes_robust_against_fgsm():
+    data, nets = train_networks(replace(TINY, attack="fgsm", n_train=None, widths=(32,), epochs=15), progress=False)
+    plain, robust = (accuracy(n, attack(n, data.x_test, data.y_test, .1, method="fgsm"), data.y_test) for n in nets.values())
+    assert robust > plain + .1
 
 
 def test_training_reports_progress_and_attacks_with_the_ramped_radius(monkeypatch):
@@ -210,7 +326,7 @@ def test_networks_start_equal(monkeypatch):
 
 def test_one_row_a_radius_kind_and_layer(table):
     assert table[["eps", "inputs", "layer"]].values.tolist() == [[e, i, l] for e in (0., .1) for i in ("clean", "attacked") for l in ("relu1", "relu2")]
-    assert list(table)[:6] == ["eps", "inputs", "layer", "accuracy", "accuracy_eps", "accuracy_common"]
+    assert list(table)[:8] == ["eps", "inputs", "layer", "accuracy", "accuracy_eps", "accuracy_common", "accuracy_fgsm", "attack_warning"]
     assert {"n_neurons", "effective_features", "low", "high", "l0", "fvu", "dead_fraction", "converged", "warning"} <= set(table)
     assert table.n_neurons.tolist() == [12, 8] * 4 and (table.n_samples == 200).all()
     assert table[["accuracy", "accuracy_eps", "accuracy_common"]].stack().between(0, 1).all()
