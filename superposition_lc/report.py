@@ -133,10 +133,10 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; } img { background: #fff; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .875rem; } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-.wide { overflow-x: auto; } .soft { color: var(--soft); } .number { text-align: right; white-space: nowrap; } td.text { min-width: 12rem; overflow-wrap: normal; }
+.wide { overflow-x: auto; overflow-wrap: normal; } .soft { color: var(--soft); } .number { text-align: right; white-space: nowrap; } .verdict { white-space: nowrap; } td.text { min-width: 12rem; }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 1.5rem; border-top: 1px solid var(--line); padding: 1rem 0; }
 @media (max-width: 45rem) { .pair { grid-template-columns: minmax(0, 1fr); } }
-img { max-width: 100%; height: auto; } pre { white-space: pre-wrap; font-size: .8125rem; }
+img { max-width: 100%; height: auto; } figure { margin: 0 0 1rem; } figcaption { font-size: .8125rem; } pre { white-space: pre-wrap; font-size: .8125rem; }
 .agrees { color: #0a7d4f; } .differs { color: #c2410c; } .failed { color: #b91c1c; }
 @media (prefers-color-scheme: dark) { .agrees { color: #4ade80; } .differs { color: #fb923c; } .failed { color: #f87171; } }
 """
@@ -153,22 +153,20 @@ def _number_row(r):
     "Cells of one comparison."
     spread = f" ± {_number(r['published_error'])}" if r["published_error"] else ""
     interval = f" [{_number(r['low'])}, {_number(r['high'])}]" if r["low"] is not None else ""
-    cells = [("", r["figure"]), ("text", r["quantity"]), ("number", _number(r["published"]) + spread), ("number", _number(r["ours"]) + interval),
-             (r["verdict"].replace(" ", "-"), r["verdict"]), ("soft text", r["reason"])]
+    cells = [("text", r["quantity"]), ("number", _number(r["published"]) + spread), ("number", _number(r["ours"]) + interval),
+             (f"verdict {r['verdict'].replace(' ', '-')}", r["verdict"]), ("soft text", r["reason"])]
     return "".join(f"<td class='{c}'>{_e(v)}</td>" for c, v in cells)
 
-def _numbers_table(rows): return _table(["figure", "quantity", "published", "ours [95%]", "verdict", "why"], map(_number_row, rows)) if rows else "<p class='soft'>No published number is compared.</p>"
+def _numbers_table(rows): return _table(["quantity", "published", "ours [95%]", "verdict", "why"], map(_number_row, rows)) if rows else ""
 
 # %% ../nbs/core/08b_report.ipynb #6744d247
-def _picture(p, alt): return f"<a href='{_e(p['file'])}'><img src='{_e(p['file'])}' alt='{_e(alt)}' loading='lazy'></a>"
+def _picture(p, alt): return f"<figure><a href='{_e(p['file'])}'><img src='{_e(p['file'])}' alt='{_e(alt)}' loading='lazy'></a><figcaption class='soft'>{_e(Path(p['file']).stem)}</figcaption></figure>"
 
 def _pair(number, shows, e):
-    "A figure of the paper in words, with its numbers, beside our pictures."
+    "A figure of the paper in words beside our pictures, then its numbers beside ours."
     mine = [p for p in e["pictures"] if number in p["figures"]]
-    stated = [r for r in e["numbers"] if r["figure"] == number]
-    said = "".join(f"<li>{_e(r['quantity'])}: {_number(r['published'])}</li>" for r in stated[:8]) + (f"<li>{len(stated) - 8} more, see the table</li>" if len(stated) > 8 else "")
     shown = "".join(_picture(p, f"Counterpart of Figure {number}: {shows}") for p in mine) or "<p class='soft'>No counterpart: this scale does not run what the figure shows.</p>"
-    return f"<div class='pair'><div><h3>Figure {number}</h3><p>{_e(shows)}</p><ul>{said}</ul></div><div>{shown}</div></div>"
+    return f"<div class='pair'><div><h3>Figure {number}</h3><p>{_e(shows)}</p></div><div>{shown}</div></div>{_numbers_table([r for r in e['numbers'] if r['figure'] == number])}"
 
 def _title(e): return _e(e["name"].replace("_", " ").capitalize())
 
@@ -185,7 +183,8 @@ def _section(e):
     pairs = "".join(_pair(n, shows, e) for n, (name, shows) in FIGURES.items() if name == e["name"])
     more = "".join(_picture(p, f"{_title(e)}: {p['file']}") for p in e["pictures"] if not set(p["figures"]) & {n for n, (name, _) in FIGURES.items() if name == e["name"]})
     other = _table(["setting", "here", "published"], [f"<td>{_e(k)}</td>" + "".join(f"<td>{_e(json.dumps(v))}</td>" for v in values) for k, values in e["other_settings"].items()])
-    return "".join([start, f"<p class='soft'>{' · '.join(map(str, facts))}<br>{_e(versions)}</p>", pairs, "<h3>Numbers</h3>", _numbers_table(e["numbers"]), f"<h3>Reading</h3><pre>{_e(e['reading'])}</pre>",
+    rest = [r for r in e["numbers"] if r["figure"] not in FIGURES]
+    return "".join([start, f"<p class='soft'>{' · '.join(map(str, facts))}<br>{_e(versions)}</p>", pairs, _numbers_table(rest), f"<h3>Reading</h3><pre>{_e(e['reading'])}</pre>",
                     _details("More figures", more) if more else "", _details(f"Settings other than the published: {len(e['other_settings'])}", other) if e["other_settings"] else "<p>All settings are the published ones.</p>",
                     _details("All settings", f"<pre>{_e(json.dumps(e['config'], indent=1))}</pre>")])
 
