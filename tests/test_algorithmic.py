@@ -222,8 +222,52 @@ def test_the_compilers_layout_gives_the_same_program(arrays, reverse):
     assert p.model(ids).equal(reverse.model(ids)) and p.vocab == reverse.vocab
 
 
+def test_what_the_compiler_made_is_read(root):
+    "Four heads, eight layers and a mask, as tracr 1.0.0 compiled them, against the streams of its own network: balanced brackets of two kinds."
+    with np.load(root / "tests" / "data" / "tracr-dyck.npz") as f: a = dict(f)
+    params = {}
+    for name in (n for n in a if n.startswith("params|")): params.setdefault(name.split("|")[1], {})[name.split("|")[2]] = a[name]
+    words = lambda v, **k: SimpleNamespace(encoding_map={w: i for i, w in enumerate(v)}, **k)
+    config = SimpleNamespace(layer_norm=False, activation_function=torch.relu, **{n: a[n].item() for n in ("num_heads", "num_layers", "key_size", "causal")})
+    compiled = SimpleNamespace(params=params, model_config=config, residual_labels=a["labels"].tolist(), output_encoder=words([False, True]),
+                               input_encoder=words(a["vocab"].tolist(), bos_encoding=a["bos"].item(), pad_encoding=a["pad"].item()))
+    with pytest.raises(ValueError, match="variables have the output's values .* pass output="):
+        from_tracr(compiled)
+    p = from_tracr(compiled, output=next(l for l in a["labels"] if l.startswith("shuffle_dyck")).partition(":")[0])
+    assert (p.model.layers[0].attn.n_heads, len(p.model.layers), p.model.layers[0].attn.causal) == (4, 8, True)
+    ids = p.encode(a["sequences"].tolist())
+    streams = torch.stack(list(p.model.residuals(ids).values())[1:], 1)
+    assert np.abs(streams.numpy() - a["residuals"]).max() < 1e-4 < np.abs(a["residuals"]).max()
+    assert [[p.output_vocab[i] for i in r] for r in p.answer(ids)] == a["decoded"].tolist()
+    assert {*a["decoded"][0]} == {"True", "False"} and len(all_inputs(p, 2)) == 16
+
+
+@pytest.mark.parametrize("make, vocab, causal, output", [
+    (lambda lib, rasp: lib.make_reverse(rasp.tokens), "12345", False, None), (lambda lib, rasp: lib.make_sort(rasp.tokens, rasp.tokens, max_seq_len=5, min_key=1), (1, 2, 3, 4, 5), False, None),
+    (lambda lib, rasp: lib.make_length(), "abc", False, None), (lambda lib, rasp: lib.make_hist(), "abc", False, None),
+    (lambda lib, rasp: lib.make_frac_prevs(rasp.tokens == "x"), "xy", True, "frac_prevs"), (lambda lib, rasp: lib.make_shuffle_dyck(["()", "{}"]), "(){}", True, "shuffle_dyck")])
+def test_programs_compiled_here(make, vocab, causal, output):
+    "Residual streams and answers of tracr's own networks, where it is installed."
+    lib = pytest.importorskip("tracr.compiler.lib", reason="tracr is not installed (pip install tracr-pypi): its networks were not compared, only a stored one")
+    from tracr.compiler.compiling import compile_rasp_to_model
+    from tracr.rasp import rasp
+    compiled = compile_rasp_to_model(make(lib, rasp), vocab={*vocab}, max_seq_len=5, compiler_bos="BOS", causal=causal)
+    p = from_tracr(compiled, output and next(l for l in compiled.residual_labels if l.startswith(output)).partition(":")[0])
+    for length in (1, 3, 5):
+        sequences = [*itertools.product(sorted(vocab), repeat=length)][:7]
+        ids = p.encode(sequences)
+        streams, answers = list(p.model.residuals(ids).values())[1:], p.answer(ids)
+        for b, sequence in enumerate(sequences):
+            theirs = compiled.apply(["BOS", *sequence])
+            assert len(theirs.residuals) == len(streams)
+            for mine, true in zip(streams, theirs.residuals):
+                assert np.allclose(mine[b].numpy(), np.asarray(true)[0], atol=1e-4)
+            if len(p.output_vocab) > 1: assert [p.output_vocab[i] for i in answers[b]] == [str(v) for v in theirs.decoded[1:]]
+            else: assert answers[b].tolist() == pytest.approx(theirs.decoded[1:], abs=1e-4)
+
+
 @pytest.mark.parametrize("changes, says", [
-    (dict(output_encoder=SimpleNamespace()), "output_encoder has no vocabulary"), (dict(input_encoder=None), "input_encoder has no vocabulary"),
+    (dict(input_encoder=None), "input_encoder has no vocabulary"),
     (dict(residual_labels=["x"] * 9), "0 variables have the output's values"), (dict(residual_labels=[*"abc"]), "0 variables"),
     (dict(model_config=SimpleNamespace(layer_norm=True)), "layer norm"),
     (dict(model_config=SimpleNamespace(layer_norm=False, activation_function=torch.nn.functional.gelu)), "activation gelu")])
@@ -237,12 +281,23 @@ def test_missing_parameters_and_wrong_outputs_are_named():
     del a.params["transformer/layer_1/mlp/linear_2"]["b"]
     with pytest.raises(ValueError, match="transformer/layer_1/mlp/linear_2' with 'b'"):
         from_tracr(a)
-    with pytest.raises(ValueError, match="output='tokens' has no values"):
+    with pytest.raises(ValueError, match="output='tokens' has no .'tokens:False'"):
         from_tracr(assembled(), output="tokens")
     twice = assembled(residual_labels=["flag_2:False", "flag_2:True", "flag_3:False", "flag_3:True", "one", "tokens:a", "tokens:b", "x", "y"])
     with pytest.raises(ValueError, match=r"2 variables .* pass output=, one of \['flag_2', 'flag_3'\]"):
         from_tracr(twice)
     assert from_tracr(twice, output="flag_3").model.unembed.argmax(0).tolist() == [2, 3]
+
+
+def test_an_output_that_is_a_number():
+    "The number itself is the answer: the direction without values that is neither the constant nor a step of counting."
+    labels = ["fraction_2", "indices:0", "indices:1", "one", "x_selector_width_attn_output", "tokens:a", "tokens:b", "tokens:compiler_bos", "tokens:compiler_pad"]
+    p = from_tracr(assembled(residual_labels=labels, output_encoder=SimpleNamespace()))
+    ids = p.encode([["a", "b"]])
+    assert p.output_vocab == ("fraction_2",) and p.answer(ids).equal(p.model.residuals(ids)["layers.1.mlp"][:, 1:, 0])
+    for unclear, says in ((["fraction_2", "other", *labels[2:]], "2 variables have a number"), (["a:0", "a:1", *labels[2:]], "0 variables have a number")):
+        with pytest.raises(ValueError, match=says):
+            from_tracr(assembled(residual_labels=unclear, output_encoder=SimpleNamespace()))
 
 
 # --- stacks

@@ -129,7 +129,7 @@ class Program:
     model: Transformer
     labels: tuple        # (M,) name of each residual direction: "variable:value", or a bare "variable" for a number
     vocab: tuple         # (V,) input tokens, as text
-    output_vocab: tuple  # (O,) output tokens, as text
+    output_vocab: tuple  # (O,) output tokens, as text; the variable's name alone where the output is a number
     bos: int | None      # id that starts every sequence
     examples: Mapping    # arrays with right answers and residual streams, where the file has them
 
@@ -143,9 +143,10 @@ class Program:
         start = [] if self.bos is None else [self.bos]
         return torch.tensor([start + [self.vocab.index(t) for t in r] for r in rows])
     @torch.no_grad()
-    def answer(self, tokens:Tensor)->Tensor: # (B, T-1) ids in `output_vocab`
+    def answer(self, tokens:Tensor)->Tensor: # (B, T-1) ids in `output_vocab`, or the number itself
         "What the network says at each position after BOS."
-        return self.model(tokens)[:, self.bos is not None:].argmax(-1)
+        logits = self.model(tokens)[:, self.bos is not None:]
+        return logits.argmax(-1) if len(self.output_vocab) > 1 else logits[..., 0]
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #91d7e1bf
 def _program(name, arrays, labels, vocab, output_vocab, bos, pad, causal=False, examples={}):
@@ -190,7 +191,7 @@ def all_inputs(program:Program,
                length:int,      # tokens, BOS not counted
               )->Tensor:        # (n**length, 1 + length) int64, BOS in front, in the order of counting
     "Every sequence of one length over the tokens that are not special."
-    symbols = [i for i, t in enumerate(program.vocab) if t in program.output_vocab]
+    symbols = [i for i in range(len(program.vocab)) if i not in (program.bos, program.model.embed.pad)]
     rows = torch.tensor(list(itertools.product(symbols, repeat=length)))
     return rows if program.bos is None else torch.cat([torch.full((len(rows), 1), program.bos), rows], 1)
 
@@ -245,16 +246,15 @@ def exact_facts(x:Tensor # (S, N) activations
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #9eb02277
 def from_tracr(assembled,             # what `tracr.compiler.compiling.compile_rasp_to_model` returns
-               output:str|None=None,  # variable that is the answer, a name before ":" in the labels; None: found by its values
+               output:str|None=None,  # variable that is the answer, a label's name before ":"; None: found by its values
                name:str="program")->Program:
-    """A Program from a compiled model; ValueError where it cannot be run exactly (layer norm, an output that is a number).
+    """A Program from a compiled model; ValueError where it cannot be run exactly (layer norm, inputs that are numbers).
     Read: `params` (token_embed, pos_embed, transformer/layer_l/attn/{query,key,value,linear}, .../mlp/linear_{1,2}), heads side by side in columns;
     `model_config.num_heads`; `residual_labels`; both encoders' `encoding_map`."""
     c, p, labels = assembled.model_config, {k: {n: np.asarray(v) for n, v in d.items()} for k, d in assembled.params.items()}, list(assembled.residual_labels)
     if c.layer_norm: raise ValueError("compiled with layer norm, which this transformer does not have")
     if getattr(c.activation_function, "__name__", "relu") != "relu": raise ValueError(f"activation {c.activation_function.__name__}, this transformer has relu")
-    for which in ("input_encoder", "output_encoder"):
-        if not hasattr(getattr(assembled, which), "encoding_map"): raise ValueError(f"{which} has no vocabulary: only programs with categorical inputs and outputs can be read")
+    if not hasattr(assembled.input_encoder, "encoding_map"): raise ValueError("input_encoder has no vocabulary: only programs with categorical inputs can be read")
     def get(where, n):
         try: return p[where][n]
         except KeyError: raise ValueError(f"params hold no {where!r} with {n!r}; they hold {sorted(p)}") from None
@@ -267,19 +267,23 @@ def from_tracr(assembled,             # what `tracr.compiler.compiling.compile_r
     for n, where, heads in [("O", "attn/linear", H), ("in", "mlp/linear_1", 0), ("out", "mlp/linear_2", 0)]:
         w = [get(f"transformer/layer_{l}/{where}", "w") for l in layers]
         a[f"W_{n}"], a[f"b_{n}"] = np.stack([m.reshape(heads, -1, m.shape[-1]) if heads else m for m in w]), np.stack([get(f"transformer/layer_{l}/{where}", "b") for l in layers])
-    enc, out = assembled.input_encoder, {str(k): i for k, i in assembled.output_encoder.encoding_map.items()}
-    a["unembed"] = _unembed(labels, sorted(out, key=out.get), output)
-    return _program(name, a, labels, sorted(enc.encoding_map, key=enc.encoding_map.get), sorted(out, key=out.get), enc.bos_encoding, enc.pad_encoding, c.causal)
+    enc, out = assembled.input_encoder, getattr(assembled.output_encoder, "encoding_map", None)
+    a["unembed"], values = _unembed(labels, None if out is None else [str(k) for k in sorted(out, key=out.get)], output)
+    return _program(name, a, labels, sorted(enc.encoding_map, key=enc.encoding_map.get), values, enc.bos_encoding, enc.pad_encoding, c.causal)
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #3e9b5f6a
 def _unembed(labels, values, output):
-    "(M, O) selection of the output's directions; ValueError where they cannot be told."
+    "(M, O) selection of the output's directions, their values (None: a number); ValueError where they cannot be told."
     groups = {}
     for l in labels: groups.setdefault(l.partition(":")[0], set()).add(l.partition(":")[2])
-    fits = [g for g, v in groups.items() if v == {*values} and g not in ("tokens", "indices")] if output is None else [output]
-    if len(fits) != 1: raise ValueError(f"{len(fits)} variables have the output's values {values}: pass output=, one of {fits or sorted(groups)}")
-    if absent := [v for v in values if f"{fits[0]}:{v}" not in labels]: raise ValueError(f"output={fits[0]!r} has no values {absent}; the variables are {sorted(groups)}")
-    return np.array([[l == f"{fits[0]}:{v}" for v in values] for l in labels], dtype=np.float32)
+    found = {""} if values is None else {*values}
+    steps = [g for g in groups if g.endswith("_selector_width_attn_output")]  # how the compiler counts
+    fits = [g for g, v in groups.items() if v == found and g not in ("tokens", "indices", "one", *steps)] if output is None else [output]
+    said = "a number as the output is" if values is None else f"the output's values {values}"
+    if len(fits) != 1: raise ValueError(f"{len(fits)} variables have {said}: pass output=, one of {fits or sorted(groups)}")
+    names = fits if values is None else [f"{fits[0]}:{v}" for v in values]
+    if absent := [n for n in names if n not in labels]: raise ValueError(f"output={fits[0]!r} has no {absent}; the variables are {sorted(groups)}")
+    return np.array([[l == n for n in names] for l in labels], dtype=np.float32), fits if values is None else values
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #a67bbd9b
 class Compressed(nn.Module):
@@ -364,12 +368,13 @@ def train_compressed(program:Program,
 def _random_weights(program, members):
     "A stack in the layout of `ARRAYS`, each member in its first N neurons; written on average as much as is read."
     m, P = program.model, len(program.model.layers)
-    M, K, F = max(n for n, _ in members), m.layers[0].attn.W_Q.shape[-1], m.layers[0].mlp.W_in.shape[-1]
-    sizes = dict(V=len(program.vocab), L=m.embed.positions.shape[-2], M=M, P=P, H=1, K=K, F=F, O=len(program.output_vocab))
+    M, F, H = max(n for n, _ in members), m.layers[0].mlp.W_in.shape[-1], m.layers[0].attn.n_heads
+    K = m.layers[0].attn.W_Q.shape[-1] // H
+    sizes = dict(V=len(program.vocab), L=m.embed.positions.shape[-2], M=M, P=P, H=H, K=K, F=F, O=len(program.output_vocab))
     w = {name: torch.zeros(len(members), *(sizes[a] for a in shape)) for name, shape in ARRAYS.items()}
     for k, (n, seed) in enumerate(members):
         g = torch.Generator().manual_seed(seed)
-        gain = dict(token_embed=1., pos_embed=1., unembed=n**-.5, W_Q=n**-.5, W_K=n**-.5, W_V=n**-.5, W_O=(K * P)**-.5, W_in=(2 / n)**.5, W_out=(F * P)**-.5)
+        gain = dict(token_embed=1., pos_embed=1., unembed=n**-.5, W_Q=n**-.5, W_K=n**-.5, W_V=n**-.5, W_O=(H * K * P)**-.5, W_in=(2 / n)**.5, W_out=(F * P)**-.5)
         for name, scale in gain.items():
             axis = ARRAYS[name].index("M")
             part = w[name][k].narrow(axis, 0, n)
@@ -388,7 +393,7 @@ def train_from_scratch(program:Program,      # gives layers, head and hidden wid
                       )->Transformer:        # a stack in the order width, seed
     "Transformers of the program's make, trained on its answers (Section 6.2)."
     members = _members(widths, seeds, program.width)
-    net, g = Transformer(_random_weights(program, members), program.model.embed.pad), torch.Generator().manual_seed(2**16)
+    net, g = Transformer(_random_weights(program, members), program.model.embed.pad, program.model.layers[0].attn.causal), torch.Generator().manual_seed(2**16)
     def loss():
         i = torch.randint(len(tokens), (batch_size,), generator=g)
         return _cross_entropy(net(tokens[i]), answers[i])
