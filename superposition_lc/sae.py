@@ -31,6 +31,7 @@ class SAEConfig:
     l1: float = 0.6               # sparsity penalty, in units of the scaled activations (Eq. 5)
     kind: str = "sparse_coding"   # "relu"; "topk": only the k largest codes stay; "sparse_coding": a ReLU one, refined; or one of `KINDS`
     refine_steps: int = 1200      # steps of sparse coding after the rounds, for "sparse_coding"
+    grow: bool = False            # the refinement also adds missing rows and drops dispensable ones; see `thorough`
     k: int | None = None          # codes kept by "topk" and "batchtopk", and by "matryoshka" (None: ReLU)
     bandwidth: float = 0.1        # of the kernel by which thresholds learn, for "jumprelu"
     prefixes: tuple = PREFIXES    # parts of the dictionary that reconstruct on their own, for "matryoshka"
@@ -47,14 +48,17 @@ class SAEConfig:
     tolerance: float = 0.03       # converged: the last doubling moved F by less than this fraction
     epochs: int | None = None     # instead of rounds: constant rate, at most so many epochs
     patience: int = 10            # with `epochs`: stop when the loss has not fallen for so many epochs
-
     def __post_init__(self): _check_config(self)
-
     @classmethod
     def released(cls, **changes):
         "The published setting (paper, Section 3.2 and its code): 4x, l1 0.1 on means, free rows, raw scale."
         return cls(**{**dict(kind="relu", expansion=4.0, l1=0.1, unit_norm=False, reduction="mean", scale="none", lr=1e-3,
                              beta2=0.999, warmup=0, batch_size=128, epochs=800), **changes})
+
+    @classmethod
+    def thorough(cls, **changes):
+        "A longer refinement that adds missing rows and drops dispensable ones: for crowded and for dense layers, at a few times the cost."
+        return cls(**{**dict(refine_steps=1800, grow=True), **changes})
 
     def n_features(self, n_neurons:int)->int:
         "Dictionary size D for a layer of `n_neurons`."
@@ -74,10 +78,11 @@ def _check_config(c):
     need(finite(c.bandwidth) and c.bandwidth > 0, "bandwidth", "a positive number")
     need(isinstance(c.prefixes, tuple) and all(map(finite, c.prefixes)) and list(c.prefixes) == sorted({*c.prefixes}) and
          c.prefixes[:1] > (0,) and c.prefixes[-1] == 1, "prefixes", "a rising tuple of parts of the dictionary, above 0, the last one 1")
+    need(not c.grow or c.kind == "sparse_coding", "grow", "False unless kind='sparse_coding'")
     if c.kind == "sparse_coding":
         for name, value in dict(tied=True, unit_norm=True, reduction="sum", epochs=None).items():
             need(getattr(c, name) == value, name, f"{value!r} for kind='sparse_coding' (or choose kind='relu')")
-    for name in ("tied", "unit_norm"): need(isinstance(getattr(c, name), bool), name, "True or False")
+    for name in ("tied", "unit_norm", "grow"): need(isinstance(getattr(c, name), bool), name, "True or False")
     need(c.tied or c.unit_norm, "unit_norm", "True when tied=False (else the penalty is evaded by long decoder rows)")
     need(c.reduction in ("sum", "mean"), "reduction", "'sum' (Eq. 5) or 'mean' (released code)")
     need(c.scale in ("energy", "none"), "scale", "'energy' or 'none'")
@@ -472,7 +477,7 @@ def _refined(saes, x, members, tick):
         usage = torch.stack([saes[i].encode(x[members[i].data, :_PROBE]).mean(0) for i in sound])
         W = refine([x[members[i].data] for i in sound], torch.stack([saes[i].weight.data for i in sound]), usage,
                    torch.tensor([members[i].config.l1 for i in sound]), [members[i].seed for i in sound],
-                   config.refine_steps, 2 * config.batch_size, tick=tick)
+                   config.refine_steps, 2 * config.batch_size, tick=tick, grow=config.grow)
     for i, s in enumerate(saes):
         with torch.random.fork_rng(devices=[]): sae = SparseAutoencoder(s.n_neurons, s.n_features, lasso=True).to(s.weight)
         sae.weight.data.copy_(W[sound.index(i)] if i in sound else torch.full_like(s.weight, math.nan))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, one_hot, pad
 
 # %% ../nbs/core/04_sparse_coding.ipynb #46a31b05
 def step_bound(W:Tensor, # (K, D, N) dictionaries
@@ -53,6 +54,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
 
 # %% ../nbs/core/04_sparse_coding.ipynb #cc28887c
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
+_LEAN = 1.15  # how much more error the smaller dictionary may have
 
 def _typical(usage): return (usage.square().sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
 
@@ -73,11 +75,80 @@ def _price(usage, l1):
     "Penalty of each row, (K, 1, D): rarely used rows pay more."
     return (l1 * (usage / _typical(usage)).clamp_min(1e-9).pow(-.2).clamp(.3, 4))[:, None]
 
-def _codes(x, W, price, bound):
+def _size(z): # (K, B, D) -> (K, 1, 1): of a typical code that is not zero
+    return z.square().sum((1, 2), keepdim=True) / z.sum((1, 2), keepdim=True).clamp_min(1e-9)
+
+def _concave(x, W, price, size, start, bound, iterations=15):
+    "Codes from `start` with a lower price for large ones."
+    return sparse_codes(x, W, price / (1 + start / (.1 * size + 1e-6)), iterations, start, bound)
+
+def _codes(x, W, price, bound, iterations=20):
     "Codes by FISTA, then again with a lower price for large codes."
-    z = sparse_codes(x, W, price, 20, bound=bound)
-    large = z.square().sum((1, 2), keepdim=True) / z.sum((1, 2), keepdim=True).clamp_min(1e-9)
-    return sparse_codes(x, W, price / (1 + z / (.1 * large + 1e-6)), 15, z, bound)
+    z = sparse_codes(x, W, price, iterations, bound=bound)
+    return _concave(x, W, price, _size(z), z, bound, 3 * iterations // 4)
+
+# %% ../nbs/core/04_sparse_coding.ipynb #7d20b3a4
+def _new_rows(x, W, l1, count, generators):
+    "(K, count, N) directions that residuals have in common: peaks of sum (r.w - l1/2)_+^2, the largest first; zeros fill up."
+    r = x - sparse_codes(x, W, l1[..., None], 60) @ W
+    starts = [torch.multinomial(e + 1e-9, 4 * x.shape[2], replacement=len(e) < 4 * x.shape[2], generator=g) for e, g in zip(r.square().sum(2).cpu(), generators)]
+    w = normalize(r.gather(1, torch.stack(starts).to(x.device)[..., None].expand(-1, -1, x.shape[2])), dim=-1)
+    excess = lambda: (w @ r.mT - l1[..., None] / 2).relu_()
+    for _ in range(12): w = normalize(excess() @ r, dim=-1)
+    w = w.gather(1, excess().square().sum(-1).argsort(dim=1, descending=True)[..., None].expand_as(w))
+    fresh = ((w @ w.mT).tril(-1).amax(2) < .9) & w.any(-1)
+    w, = _pack(fresh, w)
+    w = pad(w, (0, 0, 0, max(0, count - w.shape[1])))[:, :count]
+    both = torch.cat([W, w], 1)
+    last = torch.cat([torch.ones_like(W[..., 0]), torch.full_like(w[..., 0], .5)], 1)
+    return w * (detour(both, last)[:, W.shape[1]:] >= DETOUR)[..., None]
+
+# %% ../nbs/core/04_sparse_coding.ipynb #c40e8d17
+def _cost(x, z, W, tau): # (K, B): codes of a sample, small ones in part, and its error in the same unit
+    return (z / tau).clamp_max(1).sum(-1) + (x - z @ W).square().sum(-1) / tau[..., 0]**2
+
+def _necessity(x, z, W, price, bound, tau, m=16):
+    "(K, D) how many codes more the samples of each row cost when they are written without it; 0 for rows that are silent."
+    (K, D, N), m = W.shape, min(m, x.shape[1])
+    fires, size, cost = z.mT > tau, _size(z), _cost(x, z, W, tau)
+    found = (fires * torch.arange(x.shape[1], 0, -1, device=x.device)).topk(m, dim=2)  # the first m samples of each row
+    out, step = [], max(1, 2**24 // (K * m * D))
+    for rows in torch.arange(D, device=x.device).split(step):
+        ids = found.indices[:, rows].flatten(1)[..., None]
+        take = lambda t: t.gather(1, ids.expand(-1, -1, t.shape[2]))
+        without = 1 - one_hot(rows.repeat_interleave(m), D).to(x)
+        xs, p = take(x), price + 1e6 * (1 - without)
+        zs = sparse_codes(xs, W, p, 30, take(z) * without, bound)
+        extra = _cost(xs, _concave(xs, W, p, size, zs, bound, 30), W, tau) - take(cost[..., None])[..., 0]
+        out.append((extra.view(K, -1, m) * (found.values[:, rows] > 0)).sum(2))
+    return torch.cat(out, 1) / (found.values > 0).sum(2).clamp_min(1)
+
+def _dispensable(x, W, usage, l1, tau, best, slack):
+    "Rows that could go, the least necessary ones; of them those without which samples cost at most `slack` times the best so far; tau; that best."
+    price, bound = _price(usage, l1), step_bound(W)
+    z = _codes(x, W, price, bound, 40)
+    tau = torch.where(tau.isnan(), .2 * _size(z), tau)  # the same from the first time on
+    mean = lambda z, W: _cost(x, z, W, tau).mean(1)
+    best = torch.minimum(best, mean(z, W))
+    need = _necessity(x, z, W, price, bound, tau).masked_fill(usage <= 0, math.inf)
+    n = ((need < .5).sum(1)).minimum((.1 * (usage > 0).sum(1)).ceil())
+    rank = need.argsort(dim=1).argsort(dim=1)
+    could = rank < n[:, None]
+    while True:
+        go = rank < n[:, None]
+        V = W * ~go[..., None]
+        bad = (mean(_codes(x, V, price, bound, 40), V) > slack * best) & (n > 0)
+        if not bad.any(): return could, go, tau, best
+        n = torch.where(bad, n.div(2, rounding_mode="floor"), n)
+
+# %% ../nbs/core/04_sparse_coding.ipynb #48d1c6fe
+def _polish(x, W, l1):
+    "Rows moved to their least-squares optimum for the codes."
+    z = _codes(x, W, l1[..., None], step_bound(W), 40)
+    gram = z.mT @ z
+    ridge = gram.diagonal(dim1=1, dim2=2)
+    ridge = 1e-3 * (ridge + ridge.mean(1, keepdim=True)) + 1e-9
+    return normalize(W + torch.linalg.solve(gram + torch.diag_embed(ridge), z.mT @ (x - z @ W)), dim=-1) * W.any(-1, keepdim=True)
 
 def _row_step(W, z, x, m, v, t, rate):
     "One Adam step of the rows along the unit sphere, in place."
@@ -86,6 +157,64 @@ def _row_step(W, z, x, m, v, t, rate):
     m.lerp_(g, .1); v.lerp_(g.square(), .001)
     W.addcdiv_(m / (1 - .9**t), (v / (1 - .999**t)).sqrt_().add_(1e-8), value=-rate)
     W.div_(W.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+def _ramp(f, start, end): return min(1, max(0, (f - start) / (end - start)))  # 0 up to start, 1 from end on
+
+# %% ../nbs/core/04_sparse_coding.ipynb #6be3f1a9
+class _Search:
+    "K dictionaries that learn. With `grow`, rows are added and dispensable ones go; where that is limited, a lean copy goes on without the limit."
+    def __init__(self, x, seeds, W, l1):
+        self.alive = [a[a.square().sum(1) > 1e-6] for a in x]  # silent samples teach nothing
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.W, self.l1, self.owner = W, l1, torch.arange(len(W), device=W.device)
+        self.usage = sparse_codes(self.draw(1024), W, l1[..., None], 20).mean(1)
+        self.m, self.v, self.bound = torch.zeros_like(W), torch.zeros_like(W), step_bound(W)
+        self.tau, self.best, self.slack = l1[..., None] * math.nan, l1[:, 0] + math.inf, torch.full_like(l1[:, 0], 1.03)
+
+    def draw(self, n): return torch.stack([a[torch.randint(len(a), (n,), generator=g).to(a.device)] for a, g in zip(self.alive, self.generators)])
+
+    def step(self, t, size, l1, rate):
+        if t % 10 == 1: self.bound = step_bound(self.W)
+        x = self.draw(size)
+        z = _codes(x, self.W, _price(self.usage, l1), self.bound)
+        self.usage = .98 * self.usage + .02 * z.mean(1)
+        _row_step(self.W, z, x, self.m, self.v, t, rate)
+
+    def prune(self):
+        self.W, self.usage, self.m, self.v = _prune(self.W, self.usage, self.m, self.v)
+        self.bound = step_bound(self.W)
+
+# %% ../nbs/core/04_sparse_coding.ipynb #b7f2d4c1
+def _add(s, x):
+    "Rows that residuals have in common."
+    new = _new_rows(x, s.W, s.l1, max(4, x.shape[2] // 4), s.generators)
+    typical = s.v.sum(1, keepdim=True) / s.v.any(-1).sum(1).clamp_min(1).view(-1, 1, 1)
+    moments = dict(W=new, m=0 * new, v=typical * new.any(-1, keepdim=True))  # without a second moment the first step would be a leap
+    for name, rows in moments.items(): setattr(s, name, torch.cat([getattr(s, name), rows], 1))
+    s.usage = sparse_codes(x, s.W, s.l1[..., None], 30).mean(1)
+
+def _drop(s):
+    "Dispensable rows go; a member that may not lose all of them gets a lean copy that does."
+    could, go, s.tau, s.best = _dispensable(s.draw(1024), s.W, s.usage, s.l1 / 4, s.tau, s.best, s.slack)
+    has_copy = torch.bincount(s.owner, minlength=len(could)) > 1
+    i = ((could != go).any(1) & ~has_copy & s.slack.isfinite()).nonzero()[:, 0]
+    for name in ("W", "usage", "m", "v", "l1", "tau", "best", "owner"): setattr(s, name, torch.cat([getattr(s, name), getattr(s, name)[i]]))
+    s.slack = torch.cat([s.slack, torch.full_like(s.slack[i], math.inf)])
+    s.alive = s.alive + [s.alive[j] for j in i]
+    s.generators = s.generators + [torch.Generator().set_state(s.generators[j].get_state()) for j in i]
+    s.W, s.usage, s.m, s.v = _pack(~torch.cat([go, could[i]]) & (s.usage > 0), s.W, s.usage, s.m, s.v)
+
+def _chosen(s, K):
+    "The first K dictionaries, or their lean copies where these do as well; rows by usage."
+    for _ in range(3): s.W = _polish(s.draw(4096), s.W, s.l1 / 4)
+    x = s.draw(4096)
+    z = _codes(x, s.W, s.l1[..., None] / 4, step_bound(s.W), 40)
+    error, order = (x - z @ s.W).square().sum((1, 2)), z.mean(1).argsort(dim=1, descending=True, stable=True)
+    W = s.W.gather(1, order[..., None].expand_as(s.W))
+    take = torch.arange(K, device=W.device)
+    lean = (error[K:] <= _LEAN * error[s.owner[K:]]).nonzero()[:, 0] + K
+    take[s.owner[lean]] = lean
+    return W[take]
 
 # %% ../nbs/core/04_sparse_coding.ipynb #03a0f827
 @torch.no_grad()
@@ -98,23 +227,20 @@ def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations
            batch_size:int=128,
            lr:float=3e-3,        # Adam's rate, falling from 30% of the steps on
            tick:Callable=lambda n: None, # called with K after each step
+           grow:bool=False,      # add rows that are missing and drop those that are dispensable
           )->Tensor:             # (K, D, N): the rows that are features come first, the others are zero
     "Dictionaries whose rows are features of their own: sparse coding with priced rows and pruning."
-    alive = [a[a.square().sum(1) > 1e-6] for a in x]  # silent samples teach nothing
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    draw = lambda n: torch.stack([a[torch.randint(len(a), (n,), generator=g).to(a.device)] for a, g in zip(alive, generators)])
     D, W, l1 = W.shape[1], W.clone(), torch.as_tensor(l1).to(W).expand(len(W))[:, None]
     if usage is not None: W, = _pack(usage > USED * _typical(usage), W)
-    usage, m, v = sparse_codes(draw(1024), W, l1[..., None], 20).mean(1), torch.zeros_like(W), torch.zeros_like(W)
+    s = _Search(x, seeds, W, l1)
     for t in range(1, steps + 1):
         f = (t - 1) / steps
-        if t % 10 == 1: bound = step_bound(W)
-        xb = draw(batch_size)
-        z = _codes(xb, W, _price(usage, l1 * .25**min(1, max(0, (f - .4) / .5))), bound)
-        usage = .98 * usage + .02 * z.mean(1)
-        _row_step(W, z, xb, m, v, t, lr * (1 + math.cos(math.pi * max(0, (f - .3) / .7))) / 2)
-        if t % max(1, steps // 12) == 0:
-            W, usage, m, v = _prune(W, usage, m, v)
-            bound = step_bound(W)
-        tick(len(W))
-    return torch.cat([W, W.new_zeros(len(W), D - W.shape[1], W.shape[2])], 1)
+        s.step(t, batch_size, s.l1 * .25**_ramp(f, .4, .9), lr * (1 + math.cos(math.pi * _ramp(f, .3, 1))) / 2)
+        if t % max(1, steps // (18 if grow else 12)) == 0:
+            s.prune()
+            if grow and f >= .4: _drop(s)
+            if grow and f < .6 and t < steps: _add(s, s.draw(1024))
+            s.bound = step_bound(s.W)
+        tick(len(x))
+    W = _chosen(s, len(x)) if grow else s.W
+    return pad(W, (0, 0, 0, max(0, D - W.shape[1])))[:, :D]

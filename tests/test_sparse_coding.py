@@ -89,3 +89,51 @@ def test_refine_is_deterministic_and_leaves_its_input_alone():
     both = refine([x, x], start.expand(2, -1, -1), None, .6, [5, 6], steps=60)
     assert one.equal(again) and start.equal(before[0]) and x.equal(before[1])
     torch.testing.assert_close(both[0], one[0], atol=1e-3, rtol=0)
+
+
+def test_growing_finds_the_rows_that_are_missing():
+    "A third of the planted rows is withheld at the start: plain refinement does not find them, growing finds all and no others."
+    p = planted_activations(32, 16, 4000, activity=.05, seed=3)
+    x, true = p.activations / p.activations.square().mean().sqrt(), p.directions
+    start = torch.cat([true[:21], torch.zeros(19, 16)])[None]
+    plain, grown = (refine([x], start, None, .6, [0], steps=1200, grow=grow)[0] for grow in (False, True))
+    assert (plain @ true.T).amax(0)[21:].max() < .98
+    assert grown.any(-1).sum() == 32 and (grown @ true.T).amax(0).min() > .97 and not grown[32:].any()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_rows_between_features_are_dispensable(seed):
+    "Features that are on most of the time and rows between them, used as much: only the features are needed."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(4000, 5, generator=g) * (torch.rand(4000, 5, generator=g) < .7)
+    between = torch.nn.functional.normalize(torch.rand(20, 5, generator=g), dim=1)
+    start = torch.cat([torch.eye(5), between])[None]
+    plain, grown = (refine([x / x.square().mean().sqrt()], start, None, .6, [seed], steps=1800, grow=grow)[0] for grow in (False, True))
+    assert plain.any(-1).sum() > 5 and grown.any(-1).sum() == 5 and (grown @ torch.eye(5)).amax(0).min() > .98
+
+
+def test_sums_of_rows_are_not_added():
+    "Two variables of four values each: rows for the sixteen sums would save penalty, and are no features."
+    values = torch.randint(4, (2, 3000), generator=torch.Generator().manual_seed(0))
+    x = torch.eye(8)[values[0]] + torch.eye(8)[4 + values[1]]
+    start = torch.cat([torch.eye(8), torch.zeros(40, 8)])[None]
+    W = refine([x / x.square().mean().sqrt()], start, None, .6, [0], steps=360, grow=True)[0]
+    assert W.any(-1).sum() == 8 and sorted((W @ torch.eye(8)).argmax(1)[:8].tolist()) == list(range(8))
+
+
+def test_a_dictionary_never_outgrows_its_size():
+    "Rows that do not fit: the most used stay."
+    p = planted_activations(32, 16, 2000, activity=.05, seed=3)
+    W = refine([p.activations / p.activations.square().mean().sqrt()], p.directions[None, :21], None, .6, [0], steps=180, grow=True)
+    assert W.shape == (1, 21, 16) and W.any(-1).all()
+
+
+def test_growing_is_deterministic_and_a_stack_is_its_members():
+    "Same seed, same rows, whatever stands beside it; a lean copy of one member leaves the others alone."
+    x = planted_activations(16, 8, 2000, seed=1).activations
+    dense = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0))
+    start = unit(1, 24, 8, dtype=torch.float32)
+    one, again = (refine([x], start, None, .6, [5], steps=360, grow=True) for _ in range(2))
+    both = refine([x, dense], start.expand(2, -1, -1), None, .6, [5, 6], steps=360, grow=True)
+    assert one.equal(again)
+    torch.testing.assert_close(both[0], one[0], atol=1e-3, rtol=0)
