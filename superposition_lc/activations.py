@@ -316,7 +316,7 @@ def capture(
     channel_dim:int|Mapping|None=None, # axis of the neurons, or {layer: axis}; None: as in the table above
     mask:str|None="attention_mask", # entry of a dict batch that is 0 where a token is padding; None: keep all tokens
     progress:bool=True, # progress bar on anything over two seconds
-)->dict: # {layer name: Activations}
+)->dict[str, Activations]: # by layer name
     """Activations of any layers of any network, one sample an input, position or token; the network is left as it was.
     Raises KeyError for an unknown layer, ValueError for NaN, no samples, or a layer not called exactly once a pass."""
     for name, value in [("max_samples", max_samples), ("batch_size", batch_size)]:

@@ -45,12 +45,12 @@ class Measurement:
     settings: dict         # estimator, seeds, versions, machine, time
 
     def plot(self, ax=None): return _plot(self.table, ax)
-    def save(self, path):
+    def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
         parts = {k: getattr(self, k).to_dict(orient="list") for k in ("table", "per_seed")}
         with atomic_path(path) as p: p.write_text(json.dumps({"format": "superposition_lc.measurement", **parts, "settings": self.settings}, indent=1))
     @classmethod
-    def load(cls, path):
+    def load(cls, path:str|Path)->"Measurement":
         "Read what `save` wrote; ValueError for any other file."
         try: d = json.loads(Path(path).read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not a whole measurement file: {e}") from None

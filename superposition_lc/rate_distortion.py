@@ -128,12 +128,12 @@ class RateDistortion:
         "F at a chosen distortion, one row a layer; ValueError names the range that was measured."
         return _at(self.table, fvu, level)
     def plot(self, ax=None): return _plot(self.table, ax)
-    def save(self, path):
+    def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
         d = {"format": "superposition_lc.rate_distortion", "table": self.table.to_dict(orient="list"), "settings": self.settings}
         with atomic_path(path) as p: p.write_text(json.dumps(d, indent=1))
     @classmethod
-    def load(cls, path):
+    def load(cls, path:str|Path)->"RateDistortion":
         "Read what `save` wrote; ValueError for any other file."
         try: d = json.loads(Path(path).read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not a whole rate-distortion file: {e}") from None

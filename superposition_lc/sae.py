@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -50,7 +51,7 @@ class SAEConfig:
     patience: int = 10            # with `epochs`: stop when the loss has not fallen for so many epochs
     def __post_init__(self): _check_config(self)
     @classmethod
-    def released(cls, **changes):
+    def released(cls, **changes)->"SAEConfig":
         "The published setting (paper, Section 3.2 and its code): 4x, l1 0.1 on means, free rows, raw scale."
         return cls(**{**dict(kind="relu", expansion=4.0, l1=0.1, unit_norm=False, reduction="mean", scale="none", lr=1e-3,
                              beta2=0.999, warmup=0, batch_size=128, epochs=800), **changes})
@@ -117,22 +118,22 @@ class SparseAutoencoder(nn.Module):
         if lasso: self.register_buffer("penalty", zeros() + 0.15)
         if kind: kind.add(self, zeros)
 
-    def encode(self, x):
+    def encode(self, x:Tensor)->Tensor:
         "(..., S, N) activations, for a stack shared or (K, S, N), -> (..., S, D) codes >= 0; ValueError: wrong shape."
         x = _check_shape(self, x, self.n_neurons, "x") / _rows(self, self.scale[..., None])
         return _codes(self, x)
 
-    def decode(self, z):
+    def decode(self, z:Tensor)->Tensor:
         "(..., S, D) codes -> (..., S, N) activations, in the network's units; ValueError: wrong shape."
         x = _check_shape(self, z, self.n_features, "z") @ (self.weight if self.tied else self.decoder)
         return (x if self.tied else x + _rows(self, self.decoder_bias)) * _rows(self, self.scale[..., None])
 
     def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso", "kind")[:6 + bool(self.kind)])
-    def forward(self, x): return self.decode(z := self.encode(x)), z
+    def forward(self, x:Tensor)->tuple[Tensor, Tensor]: return self.decode(z := self.encode(x)), z
     def __getitem__(self, i): return _members(self, i)
-    def save(self, path): _save(self, path)
+    def save(self, path:str|Path)->None: _save(self, path)
     @classmethod
-    def load(cls, path): return _load(cls, path)
+    def load(cls, path:str|Path)->"SparseAutoencoder": return _load(cls, path)
 
 # %% ../nbs/core/05_sae.ipynb #f23d7152
 def _check_sizes(n_neurons, n_features, stack, k):

@@ -3,12 +3,8 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
-import subprocess
-import sys
 from importlib.resources import files
 from types import SimpleNamespace
-from zipfile import ZipFile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -135,18 +131,6 @@ def test_what_is_no_npz_is_refused(tmp_path):
         read_compiled(tmp_path / "y.npz")
     with pytest.raises(ValueError, match=r"task must be one of \['reverse', 'sort'\]"):
         load_compiled("parity")
-
-
-def test_weights_are_in_the_wheel(root, tmp_path):
-    "Built as pip would build it, without a network."
-    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(root / name, tmp_path)
-    shutil.copytree(root / "superposition_lc", tmp_path / "superposition_lc", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    names = ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist()
-    assert {f"superposition_lc/experiments/tracr-weights/{n}" for n in ("reverse.npz", "sort.npz", "README.md", "LICENSE")} <= {*names}
 
 
 # --- programs of other people
