@@ -4,7 +4,7 @@ The form of every notebook, cell by cell:
 
 1. markdown `# Title`, an empty line, `> one-line subtitle`, and after another empty line the introduction, if any;
 2. markdown with the Colab badge alone, `[![Open in Colab](BADGE)](https://colab.research.google.com/github/USER/REPO/blob/BRANCH/PATH)`;
-3. the code cell SETUP below, which installs the package in Colab and changes nothing where it is installed;
+3. the code cell of `setup` below, which installs in Colab what the notebook imports and changes nothing that is there;
 4. anything, as long as code cells have at most 40 lines and imports stand in cells of their own.
 """
 import ast
@@ -27,7 +27,8 @@ parser.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB = f"https://colab.research.google.com/github/{CFG['user']}/{CFG['repo']}/blob/{CFG['branch']}/"
-SETUP = f"#| eval: false\n%pip install -q {CFG['lib_name']}"
+# What pip installs under another name, or along with another package; the standard library, fastcore and transformers go without saying.
+IMPORTED = {"scikit-learn": {"sklearn"}, "transformers": {"transformers", "tokenizers", "huggingface_hub"}}
 
 
 def copy_project(to: Path) -> Path:
@@ -107,13 +108,29 @@ def tree(source: str) -> list[ast.stmt]:
         return []
 
 
+def setup(cells) -> str:
+    "The cell that installs the package, with the extra for language models and with fastcore's tests where a notebook uses them."
+    text = "\n".join(c["source"] for c in codes(cells))
+    package = f'"{CFG["lib_name"]}[language]"' if "need_transformers" in text else CFG["lib_name"]
+    return f"#| eval: false\n%pip install -q {package}" + (" fastcore" if "from fastcore" in text else "")
+
+
+def test_setup_installs_what_is_imported(cells):
+    "Of the cells that are not exported: those import inside functions what an extra brings, and say so."
+    asked = [re.match(r"[\w.-]+", r)[0] for r in (CFG["requirements"] + (" transformers" if "[language]" in setup(cells) else "")).split()]
+    there = {CFG["lib_name"], "fastcore", "IPython", *sys.stdlib_module_names}.union(*(IMPORTED.get(name, {name.replace("-", "_")}) for name in asked))
+    nodes = [n for c in codes(cells) if not flags(c["source"]) & {"export", "exports", "exporti"} for s in tree(c["source"]) for n in ast.walk(s)]
+    imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in imported} - there
+
+
 def test_opens_with_title_badge_and_setup(cells, request):
     "The first three cells, as the head of this file says."
-    title, badge, setup = cells[:3]
+    title, badge, install = cells[:3]
     name = request.node.callspec.params["cells"]
     assert re.fullmatch(r"# \S[^\n]*\n\n> \S[^\n]*(\n\n.*)?", title["source"].strip(), re.DOTALL), "first cell: `# Title`, empty line, `> subtitle`"
     assert badge["source"].strip() == f"{BADGE}({COLAB}{name})", f"second cell: {BADGE}({COLAB}{name})"
-    assert setup["cell_type"] == "code" and setup["source"].strip() == SETUP, f"third cell:\n{SETUP}"
+    assert install["cell_type"] == "code" and install["source"].strip() == setup(cells), f"third cell:\n{setup(cells)}"
 
 
 def test_outputs_are_committed(cells):
