@@ -1,6 +1,5 @@
 """What is published: wheel and source archive build without a warning, hold the package and nothing else, and say what they need."""
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,33 +9,17 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from conftest import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]
-TOP = "setup.py settings.ini pyproject.toml MANIFEST.in constraints.txt LICENSE README.md CHANGELOG.md CITATION.cff".split()
 
 
 def package_files() -> set[str]:
     "Every file of the package, as the checkout has it."
     return {p.relative_to(ROOT).as_posix() for p in (ROOT / CFG["lib_path"]).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    "(wheel, source archive), built as pip would build them, without a network; any warning of the build fails."
-    folder = tmp_path_factory.mktemp("build")
-    for name in TOP: shutil.copy(ROOT / name, folder)
-    for name in (CFG["lib_path"], "tests"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "dist").mkdir()
-    code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-3000:]
-    warnings = [line for line in said.splitlines() if "warn" in line.lower() and "byte-compiling is disabled" not in line]
-    assert not warnings, warnings
-    return [next((folder / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz")]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +37,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 
 def test_the_source_archive_holds_what_the_wheel_is_built_from(built):
     with tarfile.open(built[1]) as t: names = {n.partition("/")[2] for n in t.getnames() if t.getmember(n).isfile()}
-    assert {n for n in names if "egg-info" not in n} == {*TOP, "PKG-INFO", "setup.cfg"} | package_files()
+    assert {n for n in names if "egg-info" not in n} == {*SOURCES, "PKG-INFO", "setup.cfg"} | package_files()
 
 
 def test_the_wheel_alone_works(built, tmp_path):
