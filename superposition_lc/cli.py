@@ -205,6 +205,7 @@ def _parser():
     m.add_argument("--layers", required=True, help="names from model.named_modules(), separated by commas")
     m.add_argument("--seeds", type=int, default=3, help="autoencoders a layer (default 3)")
     m.add_argument("--samples", type=int, default=20_000, help="samples kept a layer (default 20000)")
+    m.add_argument("--store", help="folder that keeps finished layers; a run that was killed goes on from there")
     m.add_argument("--out", default=None, help="write the measurement to this .json, and its figure beside it")
     r.add_argument("name", nargs="?", choices=["all", *EXPERIMENTS], metavar="NAME", help=f"all, or one of: {', '.join(EXPERIMENTS)}")
     r.add_argument("--list", action="store_true", help="name the experiments and the figures of the paper that they rerun, and what is finished in --out")
@@ -234,7 +235,7 @@ def _measure(args):
     data = load_dataset(args.data, progress=not args.quiet)
     seeds = range(args.seed, args.seed + args.seeds)
     layers = [name.strip() for name in args.layers.split(",")]
-    try: result = measure(net, data.x_test, layers, seeds=list(seeds), max_samples=args.samples, progress=not args.quiet)
+    try: result = measure(net, data.x_test, layers, seeds=list(seeds), max_samples=args.samples, progress=not args.quiet, store=args.store)
     except RuntimeError as e: raise ValueError(f"the network failed on {args.data} images of shape {tuple(data.x_test.shape[1:])}: {e}") from None
     print(as_text(result.table))
     if args.out:

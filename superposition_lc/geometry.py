@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTLIER', 'MASSIVE', 'participation_ratio', 'two_nn', 'Outliers', 'relative_size', 'outlier_neurons',
-           'massive_values', 'find_outliers', 'Taming', 'tame']
+           'massive_values', 'find_outliers', 'outlier_warning', 'Taming', 'tame']
 
 # %% ../nbs/core/04_geometry.ipynb #b1aca440
 import math
@@ -104,6 +104,15 @@ def find_outliers(x:Tensor, # (S, N) activations
     values = x.abs()
     massive = massive_values(values, values.median().item(), values.median(0).values)
     return Outliers(size, outlier_neurons(size), massive.any(1))
+
+# %% ../nbs/core/04_geometry.ipynb #522a718d
+def outlier_warning(x:Tensor, # (S, N) activations
+                   )->str:    # "" where no neuron is unlike the others
+    "What is to be said in a table of outlier neurons that are OUTLIER times the upper quartile, too."
+    size = relative_size(x.detach().double().square().mean(0))
+    size = size / size.quantile(.75).clamp_min(1)
+    if not (found := outlier_neurons(size)): return ""
+    return f"outlier neuron {found[0]}, {size[found[0]]:.3g} times the upper quartile" + (f", and {len(found) - 1} more" if len(found) > 1 else "")
 
 # %% ../nbs/core/04_geometry.ipynb #816adb31
 @dataclass(frozen=True, eq=False)

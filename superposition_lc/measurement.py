@@ -6,6 +6,7 @@
 __all__ = ['POOR', 'FULL', 'row_warning', 'Measurement', 'measure_activations', 'measure']
 
 # %% ../nbs/core/07_measurement.ipynb #6b19fcaa
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +17,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from . import __version__
 from .activations import Activations, capture, named_activations
+from .cells import run_cells
 from .entropy import ShareAccumulator, combine_seeds, estimate_columns
+from .geometry import outlier_warning
 from .plotting import COLOURS, axes, interval_plot
 from .runs import atomic_path, provenance
-from .sae import DENSE, SAEConfig, sae_quality, train_sae
+from .sae import DENSE, SAEConfig, _check_stack, sae_quality, train_sae
 
 # %% ../nbs/core/07_measurement.ipynb #9cd8bba4
 POOR, FULL = 0.5, 0.8  # limits of FVU and F/D beyond which a row is flagged; that of L0/N is `DENSE`
@@ -84,19 +88,21 @@ def _plot(table, ax=None):
     return ax
 
 # %% ../nbs/core/07_measurement.ipynb #46a5ea5d
+def _warnings(*found): return "; ".join(filter(None, found))
+
 def _seed_rows(name, a, sae, table, level):
     "One row a seed: estimate with its sampling interval, and quality."
-    accumulators = [ShareAccumulator(sae.n_features) for _ in range(sae.stack)]
+    accumulators, odd = [ShareAccumulator(sae.n_features) for _ in range(sae.stack)], outlier_warning(a.values)
     sae_quality(sae, a.values, accumulators, a.clusters)
     for acc, row in zip(accumulators, table.to_dict("records")):
         found = estimate_columns(acc, row["effective_features"], level)
         row = dict(layer=name, seed=row["seed"], n_neurons=sae.n_neurons, n_features=sae.n_features, n_samples=len(a.values),
                    **found, superposition=found["effective_features"] / sae.n_neurons,
                    **{k: row[k] for k in ("l0", "fvu", "dead_fraction", "converged")})
-        yield row | dict(warning=row_warning(row))
+        yield row | dict(warning=_warnings(row_warning(row), odd))
 
 # %% ../nbs/core/07_measurement.ipynb #6cf0c8a4
-def _layer_row(rows, level):
+def _layer_row(rows, level, odd=""):
     "One row from the rows of a layer's seeds: F with both errors in its interval, the seeds' mean quality."
     F = [r["effective_features"] for r in rows]
     value, low, high = combine_seeds(F, [r["stderr"] for r in rows], [r["df"] for r in rows], level) if min(F) > 0 else (sum(F) / len(F), min(F), max(F))
@@ -105,17 +111,11 @@ def _layer_row(rows, level):
     row |= dict(effective_features=value, low=low, high=high, superposition=value / row["n_neurons"], **mean,
                 converged=all(r["converged"] for r in rows))
     silent = f"nothing fires in {F.count(0)} of {len(F)} seeds" if 0 < F.count(0) < len(F) else ""
-    return row | dict(warning="; ".join(filter(None, [silent, row_warning(row)])))
+    return row | dict(warning=_warnings(silent, row_warning(row), odd))
 
-# %% ../nbs/core/07_measurement.ipynb #f889ccda
-def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations, or {layer name: activations}
-                        config:SAEConfig=SAEConfig(), # the estimator
-                        seeds:int|Sequence[int]=3,    # autoencoders a layer
-                        level:float=0.95,             # coverage of the intervals
-                        progress:bool=True,           # a bar after two seconds
-                       )->Measurement:
-    "Superposition of activations (Eqs. 6-8), one row a layer; ValueError for activations that cannot be measured."
-    layers = named_activations(x)
+# %% ../nbs/core/07_measurement.ipynb #5c1e0d3a
+def _train(layers, config, seeds, level, progress):
+    "{layer: its rows, one a seed}; layers of one shape train as one stack."
     shapes, rows = {}, {}
     for name, a in layers.items(): shapes.setdefault(tuple(a.values.shape), []).append(name)
     for names in shapes.values():
@@ -123,8 +123,37 @@ def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations
         for i, n in enumerate(names):
             mine = (t.table.data == i).to_numpy()
             rows[n] = list(_seed_rows(n, layers[n], t.sae[mine.nonzero()[0].tolist()], t.table[mine], level))
-    settings = provenance(estimator=asdict(config), seeds=sorted({r["seed"] for rs in rows.values() for r in rs}), level=level)
-    return Measurement(pd.DataFrame([_layer_row(rows[n], level) for n in layers]),
+    return rows
+
+@dataclass(frozen=True)
+class _Unit:
+    "What decides the rows of a layer that is kept in a store."
+    layer: str
+    digest: str # of samples and clusters
+    config: SAEConfig
+    seeds: tuple
+    level: float
+
+def _keep(layers, config, seeds, level, progress, store):
+    "`_train`, a layer at a time; those that are in the store are not trained again."
+    digest = lambda a: hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in (a.values, a.clusters))).hexdigest()
+    units = [_Unit(n, digest(a), config, tuple(seeds), level) for n, a in layers.items()]
+    def train_layer(unit): return _train({unit.layer: layers[unit.layer]}, config, seeds, level, False)[unit.layer]
+    return dict(zip(layers, run_cells(train_layer, units, store, __version__, progress=progress).complete()))
+
+# %% ../nbs/core/07_measurement.ipynb #f889ccda
+def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations, or {layer name: activations}
+                        config:SAEConfig=SAEConfig(), # the estimator
+                        seeds:int|Sequence[int]=3,    # autoencoders a layer
+                        level:float=0.95,             # coverage of the intervals
+                        progress:bool=True,           # a bar after two seconds
+                        store:str|Path|None=None,     # folder that keeps finished layers, from which a run that was killed goes on
+                       )->Measurement:
+    "Superposition of activations (Eqs. 6-8), one row a layer; ValueError for activations that cannot be measured."
+    layers, (_, seeds) = named_activations(x), _check_stack(config, seeds)
+    rows = _keep(layers, config, seeds, level, progress, store) if store else _train(layers, config, seeds, level, progress)
+    settings = provenance(estimator=asdict(config), seeds=sorted(seeds), level=level)
+    return Measurement(pd.DataFrame([_layer_row(rows[n], level, outlier_warning(a.values)) for n, a in layers.items()]),
                        pd.DataFrame([r for n in layers for r in rows[n]]), settings)
 
 # %% ../nbs/core/07_measurement.ipynb #87a70227
@@ -136,6 +165,7 @@ def measure(model:nn.Module,              # any network
             max_samples:int=20_000,       # samples kept a layer, a seeded random choice
             level:float=0.95,             # coverage of the intervals
             progress:bool=True,           # a bar after two seconds
+           store:str|Path|None=None,     # folder that keeps finished layers, from which a run that was killed goes on
            )->Measurement:
     "Superposition of a network's layers on data; KeyError lists close matches for an unknown layer."
-    return measure_activations(capture(model, batches, layers, max_samples=max_samples, progress=progress), config, seeds, level, progress)
+    return measure_activations(capture(model, batches, layers, max_samples=max_samples, progress=progress), config, seeds, level, progress, store)

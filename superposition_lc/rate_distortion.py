@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .activations import Activations, named_activations
 from .entropy import ShareAccumulator, combine_seeds, error_parts, estimate_columns, half_width
+from .geometry import outlier_warning
 from .plotting import COLOURS, axes
 from .runs import atomic_path, progress_bar, provenance
 from .sae import DENSE, SAEConfig, sae_quality, train_sae
@@ -208,13 +209,13 @@ def _must_retrain(retrain, config):
 # %% ../nbs/core/08_rate_distortion.ipynb #7cb8f6f4
 def _points(name, a, sae, seeds, converged, **value):
     "One point a seed: F (corrected for the bias of the sample) with its error, and quality."
-    accumulators = [ShareAccumulator(sae.n_features) for _ in seeds]
+    accumulators, odd = [ShareAccumulator(sae.n_features) for _ in seeds], outlier_warning(a.values)
     q = {k: v.tolist() for k, v in sae_quality(sae, a.values, accumulators, a.clusters).items()}
     for i, (seed, acc) in enumerate(zip(seeds, accumulators)):
         found = estimate_columns(acc, q["effective_features"][i])
         row = dict(layer=name, **value, seed=seed, n_neurons=sae.n_neurons, **{c: found[c] for c in ("effective_features", "stderr", "df")},
                    **{c: q[c][i] for c in ("fvu", "l0", "dead_fraction")}, converged=converged[i])
-        yield row | dict(warning=point_warning(row))
+        yield row | dict(warning="; ".join(filter(None, [point_warning(row), odd])))
 
 # %% ../nbs/core/08_rate_distortion.ipynb #c5958ce1
 def _coded(layers, names, config, values, seeds, progress):

@@ -1,7 +1,12 @@
 """Network and data in, table with intervals out: columns, seeds, clusters, warnings, files, figures, bad input."""
 import json
 import math
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +18,7 @@ from torch import nn
 
 from superposition_lc import measurement as module, runs
 from superposition_lc.activations import Activations, capture
+from superposition_lc.cells import FailedCells
 from superposition_lc.data import planted_activations
 from superposition_lc.entropy import ShareAccumulator, combine_seeds
 from superposition_lc.measurement import Measurement, measure, measure_activations, row_warning
@@ -21,6 +27,7 @@ from superposition_lc.sae import SAEConfig, train_sae
 
 QUICK = SAEConfig(expansion=4, kind="relu", steps=100, max_rounds=2, warmup=20, batch_size=64)
 X = planted_activations(16, 8, 600).activations
+ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = dict(layer="O", n_neurons="i", n_features="i", n_samples="i", effective_features="f", low="f", high="f", superposition="f",
                l0="f", fvu="f", dead_fraction="f", converged="b", warning="O")
 
@@ -326,3 +333,43 @@ def test_bars_can_be_switched_off(monkeypatch, capsys, progress):
     measure(Net(), torch.rand(20, 1, 5, 5), "fc", QUICK, seeds=1, progress=progress)
     out, err = capsys.readouterr()
     assert out == "" and (("training 1 autoencoder" in err and "capture" in err) if progress else err == "")
+
+
+# --- a run that is killed
+
+KILLED = """
+import os, signal, torch
+from superposition_lc import measurement
+from superposition_lc.sae import SAEConfig
+true, calls = measurement.train_sae, []
+def train(*args):
+    calls.append(args)
+    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    return true(*args)
+measurement.train_sae = train
+measurement.measure_activations(torch.load("layers.pt", weights_only=True), SAEConfig(**{config}), 2, progress=False, store="kept")
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
+    "Killed as the second of three layers begins: the first is not trained again."
+    layers = {"a": X, "b": X + 1, "c": X[:, :5].contiguous()}
+    torch.save(layers, tmp_path / "layers.pt")
+    killed = subprocess.run([sys.executable, "-c", KILLED.replace("{config}", repr(asdict(QUICK)))], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert killed.returncode == -signal.SIGKILL and len(list((tmp_path / "kept").glob("*.json"))) == 1
+    calls, true = [], train_sae
+    monkeypatch.setattr(module, "train_sae", lambda x, *a: (calls.append(x.shape[-1]), true(x, *a))[1])
+    resumed, fresh = measured(layers, store=tmp_path / "kept"), measured(layers, store=tmp_path / "new")
+    assert calls == [8, 5] + [8, 8, 5]
+    same(Measurement(resumed.table, resumed.per_seed, {}), Measurement(fresh.table, fresh.per_seed, {}))
+    assert kinds(resumed.table) == COLUMNS and resumed.table.effective_features.tolist() == pytest.approx(measured(layers).table.effective_features.tolist(), rel=1e-3)
+
+
+def test_a_store_knows_other_data_and_other_settings(tmp_path, monkeypatch):
+    a = measured(store=tmp_path)
+    for change in (dict(x=X + 1), dict(x=Activations(X, torch.arange(600) // 2)), dict(config=replace(QUICK, l1=.5)), dict(seeds=[0, 2]), dict(level=.9)):
+        assert not measured(**change, store=tmp_path).table.equals(a.table), change
+    monkeypatch.setattr(module, "train_sae", None)
+    same(Measurement(measured(store=tmp_path).table, a.per_seed, {}), Measurement(a.table, a.per_seed, {}))
+    with pytest.raises(ValueError, match="seeds must differ"): measured(seeds=[1, 1], store=tmp_path)
+    with pytest.raises(FailedCells, match="(?s)layer='b'.*NoneType"): measured({"b": X}, store=tmp_path)
