@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,14 +52,14 @@ class _Store:
         with atomic_path(self.path(cell)) as p: p.write_text(json.dumps(_identity(self.function, cell, self.version) | outcome))
 
 # %% ../nbs/core/03_cells.ipynb #cf781145
-def _attempt(i, function, cell):
+def _attempt(i, function, cell, given):
     "Runs where the work is done: (i, the value with its provenance, or the error), plain enough to travel."
     start = time.perf_counter()
-    try: value = json.loads(json.dumps(function(cell)))  # as it will be read back
+    try: value = json.loads(json.dumps(function(cell, **given)))  # as it will be read back
     except Exception as e: return i, dict(error=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
     return i, dict(value=value, seconds=round(time.perf_counter() - start, 3), about=provenance())
 
-def _outcomes(function, cells, todo, n_jobs):
+def _outcomes(function, cells, todo, n_jobs, given):
     "(i, outcome) of each cell as it comes."
     from joblib import Parallel, delayed
     groups = [list(todo)] if todo else []
@@ -68,7 +68,7 @@ def _outcomes(function, cells, todo, n_jobs):
         def jobs():
             for i in group:
                 started.append(i)
-                yield delayed(_attempt)(i, function, cells[i])
+                yield delayed(_attempt)(i, function, cells[i], given)
         try:
             for i, outcome in Parallel(n_jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")(jobs()):
                 ended.add(i)
@@ -108,6 +108,7 @@ def run_cells(function:Callable,         # cell -> plain values (dicts, lists, n
               version:str="",            # of the function; raise it when it computes something else
               n_jobs:int|None=None,      # processes; None: what joblib.parallel_config says, else 1; -1: one a core
               progress:bool=True,        # a bar: cells, time left, failures
+              given:Mapping|None=None,   # passed to the function beside the cell; it must not change what comes out, and is not in the key
              )->CellResults:
     "Every cell's value, computed where it is not in the store yet; ValueError for cells that are equal or not plain."
     cells, kept, failures = list(cells), _Store(store, function, version), []
@@ -117,7 +118,7 @@ def run_cells(function:Callable,         # cell -> plain values (dicts, lists, n
     values = {i: v[0] for i, c in enumerate(cells) if (v := kept.read(c))}
     found, todo = len(values), [i for i in range(len(cells)) if i not in values]
     with progress_bar(desc="cells", show=progress, total=len(cells), initial=found, unit="cell") as bar:
-        for i, outcome in _outcomes(function, cells, todo, n_jobs):
+        for i, outcome in _outcomes(function, cells, todo, n_jobs, given or {}):
             if "error" in outcome:
                 failures.append(dict(cell=cells[i], **outcome))
                 if progress: bar.write(f"failed: {cells[i]}\n  {outcome['error']}", file=sys.stderr)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from joblib import parallel_config
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from superposition_lc.activations import capture
@@ -23,7 +25,7 @@ from superposition_lc.cli import main
 from superposition_lc.data import load_dataset
 from superposition_lc.experiments import adversarial, sweep
 from superposition_lc.experiments.sweep import (ARCHITECTURES, READINGS, SCALES, Cell, Grid, SweepConfig, changes, measure_cell,
-                                                measured_layers, network, participation_ratio, plot_changes, reading, report, run, tidy)
+                                                measured_layers, network, participation_ratio, plot_changes, reading, report, run, tidy, trained)
 from superposition_lc.measurement import measure_activations
 from superposition_lc.sae import SAEConfig
 
@@ -170,6 +172,70 @@ def test_killed_ten_times_at_random_it_loses_nothing(tmp_path):
     assert all(started - done in (0, 1) for started, done in runs) and sum(s for s, _ in runs) > 24  # some were in flight
 
 
+def joined(cell, sign, word="-"): return f"{word}{sign}{cell.n}"
+
+
+def test_what_is_given_beside_the_cell_is_not_in_its_key(tmp_path):
+    first = run_cells(joined, [Number(1), Number(2)], tmp_path, progress=False, given=dict(sign="+", word="a"))
+    again = run_cells(joined, [Number(1), Number(2)], tmp_path, progress=False, given=dict(sign="?"))
+    assert first.values == again.values == ["a+1", "a+2"] and (first.found, again.found) == (0, 2)
+    assert run_cells(joined, [Number(1), Number(2)], n_jobs=2, progress=False, given=dict(sign="+", word="a")).values == first.values
+
+
+# --- networks that are kept
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder with the network of TINY at radius .1."
+    folder = tmp_path_factory.mktemp("networks")
+    trained(replace(TINY, eps=.1), networks=folder)
+    return folder
+
+
+def weights(model):
+    return [p.tolist() for p in model.state_dict().values()]
+
+
+def test_a_network_is_trained_once_for_all_ways_to_measure_it(folder, monkeypatch):
+    cell = replace(TINY, eps=.1)
+    model, scores = trained(cell)
+    monkeypatch.setattr(sweep, "train_robust", lambda *a: pytest.fail("trained again"))
+    for again in (cell, cell.training(), replace(cell, sae_seeds=5, n_samples=50, default=SAEConfig(l1=.3))):
+        found, said = trained(again, networks=folder)
+        assert weights(found) == weights(model) and json.dumps(said) == json.dumps(scores) and not found.training
+    rows = measure_cell(cell, networks=folder)
+    monkeypatch.undo()
+    assert json.dumps(rows) == json.dumps(measure_cell(cell)) and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(eps=.2), dict(weighting="released"), dict(attack="fgsm"), dict(attack_steps=1), dict(eval_steps=4), dict(epochs=5), dict(n_train=119),
+                                    dict(width=5)], ids=str)
+def test_other_training_is_another_network(folder, monkeypatch, change, tmp_path):
+    there, seen = shutil.copytree(folder, tmp_path / "networks"), []
+    monkeypatch.setattr(sweep, "train_robust", lambda m, *a: (seen.append(m), m)[1])
+    trained(replace(TINY, **{"eps": .1, **change}), networks=there)
+    assert len(seen) == 1 and len(list(there.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"x" * 99), lambda p: p.unlink(),
+                                    lambda p: save_file(load_file(p), p)], ids=["cut", "empty", "other", "gone", "no scores"])
+def test_a_damaged_network_is_trained_again(folder, damage):
+    cell, path = replace(TINY, eps=.1), next(folder.iterdir())
+    model, scores = trained(cell, networks=folder)
+    damage(path)
+    again, said = trained(cell, networks=folder)
+    assert weights(again) == weights(model) and json.dumps(said) == json.dumps(scores) and [path] == list(folder.iterdir())
+
+
+def test_run_keeps_networks_in_the_store(tmp_path, monkeypatch):
+    config = replace(CONFIG, grids=(replace(CONFIG.grids[0], n_classes=(2,)),))
+    first = run(config, progress=False, store=tmp_path)
+    assert len(list((tmp_path / "networks").glob("*.safetensors"))) == len(config.cells()) == 2
+    for p in tmp_path.glob("*.json"): p.unlink()
+    monkeypatch.setattr(sweep, "train_robust", lambda *a: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(run(config, progress=False, store=tmp_path), first, check_exact=True)
+
+
 # --- the sweep
 
 @pytest.fixture(scope="module")
@@ -183,7 +249,9 @@ def test_one_row_a_network_layer_input_and_reading(table):
     assert set(table.reading) == {*READINGS} and set(table.inputs) == {"clean", "attacked"} and set(table.layer) == {"relu1"}
     assert table.effective_features.map(math.isfinite).all() and (table.n_parameters == 64 * 6 + 6).all() and (table.n_neurons == 6).all()
     assert (table.low <= table.effective_features).all() and (table.effective_features <= table.high).all()
-    assert table[["accuracy", "robust_accuracy", "common_accuracy"]].stack().between(0, 1).all() and table.alive_units.between(1, 6).all()
+    assert table[["accuracy", "robust_accuracy", "common_accuracy", "fgsm_accuracy"]].stack().between(0, 1).all() and table.autoattack_accuracy.isna().all()
+    assert (table.attack == "pgd").all() and (table.weighting == "even").all() and table.attack_warning.map(type).eq(str).all()
+    assert table.alive_units.between(1, 6).all()
     assert table.participation_ratio.between(1, 6).all() and (table.scale > 0).all() and (table.superposition == table.effective_features / 6).all()
 
 
@@ -206,6 +274,17 @@ def test_rows_are_the_measurement_of_the_network(table):
         for c in ("effective_features", "low", "high", "l0", "fvu", "dead_fraction"): assert rows.loc[name, c] == pytest.approx(found[c], rel=1e-3), (name, c)
         assert rows.loc[name, "warning"] == found.warning and rows.loc[name, "n_features"] == found.n_features
     assert rows.accuracy.iloc[0] == adversarial.accuracy(model, data.x_test, data.y_test)
+
+
+def test_scores_are_those_of_the_attacks():
+    cell = replace(TINY, eps=.1, autoattack=20, autoattack_steps=5)
+    data = load_dataset("digits", 2, 120, 60, progress=False)
+    model, s = trained(cell)
+    at = lambda eps, steps, method, n=None: adversarial.accuracy(model, adversarial.attack(model, data.x_test[:n], data.y_test[:n], eps, steps, 0, method), data.y_test[:n])
+    assert list(s) == ["accuracy", "robust_accuracy", "common_accuracy", "fgsm_accuracy", "autoattack_accuracy", "attack_warning"]
+    assert s["robust_accuracy"] == s["common_accuracy"] == at(.1, 3, "pgd") and s["fgsm_accuracy"] == at(.1, 3, "fgsm") and s["autoattack_accuracy"] == at(.1, 5, "autoattack", 20)
+    t = adversarial.check_attacks(model, data.x_test, data.y_test, (.1, .5), 3)
+    assert {*s["attack_warning"].split("; ")} == {w for ws in t.warning for w in ws.split("; ")}
 
 
 def test_equal_distortion_is_equal(table):
@@ -294,7 +373,7 @@ def test_scales():
 
 
 @pytest.mark.parametrize("bad, says", [(dict(eps=-.1), "eps must be a finite number >= 0, got -0.1"), (dict(eps=math.nan), "eps must"), (dict(width=0), "width must be positive"), (dict(epochs=0), "epochs"),
-                                       (dict(architecture="vgg"), "architecture must be one of mlp1"), (dict(octaves=(1, 2)), "octaves must hold 0"), (dict(sae_seeds=0), "sae_seeds")], ids=str)
+                                       (dict(architecture="vgg"), "architecture must be one of mlp1"), (dict(octaves=(1, 2)), "octaves must hold 0"), (dict(sae_seeds=0), "sae_seeds"), (dict(weighting="half"), "weighting must"), (dict(attack="autoattack"), "AutoAttack is for evaluation"), (dict(autoattack=-1), "autoattack")], ids=str)
 def test_bad_cells(bad, says):
     with pytest.raises(ValueError, match=says):
         Cell(**bad)
@@ -327,7 +406,57 @@ def test_data_that_is_missing_is_found_before_the_work(monkeypatch, tmp_path):
             run(replace(CONFIG, grids=(replace(CONFIG.grids[0], datasets=(name,)),)), progress=False)
 
 
+def test_cost_counts_all_steps(monkeypatch):
+    monkeypatch.setattr(sweep, "_step_seconds", lambda t, steps: (1., 10.))
+    t = sweep.cost(replace(CONFIG, n_seeds=2))
+    assert t[["networks", "clean_step", "attacked_step"]].values.tolist() == [[8, 1, 10]]
+    assert t.hours.sum() * 3600 == pytest.approx(2 * 2 * 6 * 6 * (1 + 10))  # seeds, classes, epochs, batches of 20 in 120
+    monkeypatch.undo()
+    t = sweep.cost(SweepConfig((replace(CONFIG.grids[0], datasets=("cifar10",), networks=(("mlp1", 8), ("cnn1", 2))),), n_seeds=1), steps=1)
+    assert (t.attacked_step > t.clean_step).all() and len(t) == 2
+
+
 # --- the reading
+
+def weighted(table, steeper):
+    "A table of planted networks over three seeds, with a second arm whose attacked slope is `steeper`."
+    arms = [table.assign(seed=s, weighting=w, effective_features=[1 + s / 100 + e * (slope + s / 10) for e in table.eps], robust_accuracy=r)
+            for w, slope, r in (("even", 1., .5), ("released", 1. + steeper, .7)) for s in (0, 1, 2)]
+    return pd.concat(arms)
+
+
+def test_weightings_are_compared(table):
+    t = weighted(table, 2.)
+    found = sweep.compare_weightings(t)
+    assert len(found) == 2 * 3 and found.difference.tolist() == pytest.approx([2 / 1.01] * 6, rel=.03) and (found.p < .05).all()
+    assert (found.robust_even == .5).all() and (found.robust_released == .7).all()
+    assert sweep.compare_weightings(t[t.weighting == "even"]).empty and sweep.compare_weightings(weighted(table, 0.)).p.min() > .5
+
+
+def test_verdicts_rest_on_one_way_of_training(table, tmp_path):
+    "The second arm has a file of its own and changes nothing else."
+    t = weighted(table, 2.)
+    even = t[t.weighting == "even"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(sweep.standard(t).reset_index(drop=True), even)
+    pd.testing.assert_frame_equal(sweep.standard(planted := even.drop(columns=["attack", "weighting"])), planted)
+    said, alone = report(t, CONFIG, tmp_path / "both"), report(even, CONFIG, tmp_path / "one")
+    assert said.startswith(alone) and (tmp_path / "both/weightings.csv").exists() and not (tmp_path / "one/weightings.csv").exists()
+    assert sweep.comparison(t, CONFIG) == sweep.comparison(even, CONFIG)
+    assert (tmp_path / "both/changes.csv").read_bytes() == (tmp_path / "one/changes.csv").read_bytes()
+
+
+def test_the_reading_names_attacks_in_doubt(table):
+    doubt = table.assign(attack_warning=["no gradient at 12% of the images" if e else "" for e in table.eps], autoattack_accuracy=.25)
+    assert "attacks in doubt on 2 of 4 networks: no gradient at some of the images (2)" in reading(doubt) and " / 0.25 (chance" in reading(doubt)
+    assert "attacks in doubt on 0 of 4 networks" in reading(table.assign(attack_warning="")) and "AutoAttack" not in reading(table)
+
+
+def test_data_sets_are_compared(table):
+    "Planted: slopes on one data set lie 2 below those on the other."
+    t = pd.concat([table.assign(dataset=d, seed=s, effective_features=[(1 + s / 100) * (1 + (a + s / 10) * e) for e in table.eps]) for d, a in (("mnist", 1), ("fashion_mnist", -1)) for s in (0, 1, 2)])
+    said = sweep._datasets(t).splitlines()
+    assert len(said) == 1 + 9 and all(-2.1 < float(row.split()[2]) < -1.9 for row in said[1:]) and sweep._datasets(table) == ""
+
 
 def test_changes_of_planted_ratios(table):
     t = table.assign(effective_features=[2. ** (e / .1) if i == "attacked" else 3. for e, i in zip(table.eps, table.inputs)])
@@ -355,17 +484,17 @@ def test_the_command_keeps_cells_and_goes_on(monkeypatch, tmp_path, capsys):
     "A cell that fails ends with status 2 and its settings; run again, only that one is computed."
     true, seen = sweep.measure_cell, []
     monkeypatch.setitem(SCALES, "smoke", replace(CONFIG, grids=(replace(CONFIG.grids[0], n_classes=(2,), eps=(0., .1, .2)),)))
-    def measure(cell):
+    def measure(cell, networks):
         seen.append(cell)
         if len(seen) == 2: raise RuntimeError("the disk is full")
-        return true(cell)
+        return true(cell, networks)
     measure.__module__, measure.__qualname__ = true.__module__, true.__qualname__
     monkeypatch.setattr(sweep, "measure_cell", measure)
     command = ["reproduce", "adversarial", "--scale", "smoke", "--jobs", "1", "--quiet", "--out", str(tmp_path)]
     assert main(command) == 2
     err = capsys.readouterr().err
     assert "1 of 3 cells failed (the other 2 are kept in" in err and "n_classes=2" in err and "eps=0.1" in err and "RuntimeError: the disk is full" in err
-    assert not (tmp_path / "table.csv").exists() and len(list((tmp_path / "cells").iterdir())) == 2
+    assert not (tmp_path / "table.csv").exists() and len(list((tmp_path / "cells").glob("*.json"))) == 2
     assert main(command) == 0 and len(seen) == 4 and seen[3] == seen[1]
     assert "H1" in capsys.readouterr().out and {"table.csv", "run.json", "figure-readings.png"} <= {p.name for p in tmp_path.iterdir()}
     assert main(command) == 0 and len(seen) == 4 and "nothing is run again" in capsys.readouterr().out
