@@ -135,7 +135,7 @@ def _reproduce_one(module, config, out, progress):
         print(f"Found the finished table of these settings, {out/'table.csv'}: nothing is run again.", flush=True)
         table, about = found
     reading = module.report(table, config, out)
-    print(f"{reading}\n\nTable and figures: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))} in {out}\nRead on: {_docs()}", flush=True)
+    print(f"{reading}\n\nTable and figures: {', '.join(sorted(p.name for p in out.glob('[!.]*') if p.is_file()))} in {out}\nRead on: {_docs()}", flush=True)
     return table, about, reading
 
 def _plain(config): return json.loads(json.dumps(asdict(config)))
@@ -186,7 +186,7 @@ def _earlier(out, name, config):
     same = lambda e: e["name"] == name and e.get("config") == _plain(config)
     return next(filter(same, report["experiments"]), None) if report["version"] == __version__ else None
 
-def _subtitle(name): return (EXPERIMENTS[name].__doc__ or "").splitlines()[0]
+def _subtitle(name): return (EXPERIMENTS[name].__doc__ or "").partition("\n")[0]
 
 # %% ../nbs/core/09_cli.ipynb #afae809f
 def _parser():

@@ -56,6 +56,7 @@ def merge_split_features(codes:Tensor,          # (S, D) or (..., D) codes; bett
     """Effective features (Eq. 7) once rows that are one feature count as one.
     ValueError: no feature fires, NaN, shapes that do not fit, a threshold outside (0, 1]."""
     _check_threshold(threshold)
+    if not codes.is_floating_point() or codes.ndim < 1 or 0 in codes.shape: raise ValueError(f"codes must be a floating-point tensor (samples, features), neither of them 0, got {tuple(codes.shape)} of {codes.dtype}")
     codes = codes.reshape(-1, codes.shape[-1]).abs()
     shares = feature_shares(codes)
     near = split_distance(codes, rows).cpu() <= 1 - threshold + 1e-9   # rounding: exact copies merge at threshold 1

@@ -176,7 +176,7 @@ def _tensors(state, layout, sizes, dtype, what):
 
 # %% ../nbs/core/06_pretrained.ipynb #30087f9a
 def _known(name, table, what):
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         close = difflib.get_close_matches(str(name), table, n=1)
         raise ValueError(f"{what}: architecture {name!r} is not known here{f'; did you mean {close[0]!r}?' if close else ''}; expected one of {', '.join(table)}")
     return table[name]

@@ -110,7 +110,7 @@ def entry(name:str,          # of the experiment
           numbers:pd.DataFrame, # of `judged`
           reading:str)->dict:   # what the experiment says of its table
     "A finished experiment, as plain values."
-    pictures = [dict(file=f"{name}/{p.name}", figures=figure_numbers(p.name)) for p in sorted(Path(folder).glob("*.png"))]
+    pictures = [dict(file=f"{name}/{p.name}", figures=figure_numbers(p.name)) for p in sorted(Path(folder).glob("[!.]*.png"))]
     return dict(name=name, subtitle=subtitle, status="finished", reading=reading, numbers=_plain(numbers), pictures=pictures,
                 other_settings=other_settings(about["config"], published), **{k: v for k, v in about.items() if k != "sha256"})
 

@@ -168,7 +168,7 @@ def read_compiled(path:str|Path # npz in the layout of the two that come with th
                  )->Program:
     "A compiled program from a file (no pickle is read); ValueError for a file that is damaged, incomplete or of another layout."
     try:
-        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{path} is not a readable npz of plain arrays ({type(e).__name__}: {e})") from None
     names = ["residual_labels", "vocab", "output_vocab", "task", "bos_id", "pad_id", *ARRAYS]
