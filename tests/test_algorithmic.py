@@ -3,6 +3,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -15,9 +19,9 @@ import torch
 from superposition_lc.activations import capture
 from superposition_lc.entropy import effective_features, feature_shares
 from superposition_lc.experiments.algorithmic import (
-    ARRAYS, ESTIMATORS, SCALES, TASKS, AlgorithmicConfig, Compressed, Transformer, accuracy, all_inputs, exact_facts, from_tracr, kept_directions,
-    load_compiled, measure_layers, planted_code, plot_attention, plot_controls, plot_residuals, plot_width, read_compiled, report, run, run_network,
-    train_compressed, train_from_scratch, verdict)
+    ARRAYS, ESTIMATORS, SCALES, TASKS, AlgorithmicConfig, Compressed, Networks, Transformer, accuracy, all_inputs, cells, evidence, exact_facts, from_tracr,
+    kept_directions, load_compiled, measure_layers, planted_code, plot_attention, plot_controls, plot_residuals, plot_width, read_compiled, report, run,
+    train_cell, train_compressed, train_from_scratch, verdict)
 from superposition_lc.sae import SAEConfig
 
 replace = dataclasses.replace
@@ -43,8 +47,13 @@ def arrays():
 
 
 @pytest.fixture(scope="module")
-def table():
-    return run(TINY, progress=False)
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("cells")
+
+
+@pytest.fixture(scope="module")
+def table(store):
+    return run(TINY, progress=False, store=store)
 
 
 def random(*shape, seed=0):
@@ -402,21 +411,21 @@ def test_ranks_of_the_programs():
 
 # --- controls and estimators
 
-@pytest.mark.parametrize("n, values, orthogonal", [(2, 2, True), (3, 3, True), (8, 8, True), (7, 7, True), (8, 16, False), (2, 4, False)])
-def test_planted_codes_are_what_they_say(n, values, orthogonal):
+@pytest.mark.parametrize("n, kind, values", [(2, "orthogonal", 2), (3, "orthogonal", 3), (8, "orthogonal", 8), (7, "orthogonal", 7), (3, "exclusive", 4), (9, "exclusive", 10), (8, "random", 16), (2, "random", 4)])
+def test_planted_codes_are_what_they_say(n, kind, values):
     "The known F is the Hill number of the values' shares; directions, rank, count of distinct vectors."
-    a, known = planted_code(n, values, 20_000, orthogonal, seed=3)
-    b, _ = planted_code(n, values, 20_000, orthogonal, seed=3)
+    a, known = planted_code(n, kind, 20_000, seed=3)
+    b, _ = planted_code(n, kind, 20_000, seed=3)
     assert torch.equal(a.values, b.values) and a.values.shape == (20_000, n)
     sizes = [values] if values < 4 else [values // 2, values - values // 2]
     shares = torch.cat([torch.full((k,), 1. / k / len(sizes)) for k in sizes]).double()
     assert known == pytest.approx(effective_features(feature_shares(shares[None])))
     facts = exact_facts(a.values)
-    assert facts["distinct"] == math.prod(sizes) and facts["rank"] == (values - len(sizes) + 1 if orthogonal else min(n, values - len(sizes) + 1))
-    if orthogonal: assert torch.allclose(a.values.square().sum(1), torch.tensor(float(len(sizes))), atol=1e-4)
+    assert facts["distinct"] == math.prod(sizes) and facts["rank"] == min(n, values - len(sizes) + 1)
+    if kind != "random": assert torch.allclose(a.values.square().sum(1), torch.tensor(float(len(sizes))), atol=1e-4)  # lossless: lengths are kept
 
 
-@pytest.mark.parametrize("args, says", [((4, 1), "at least 2"), ((4, 5, 10, True), "at most n_neurons=4")])
+@pytest.mark.parametrize("args, says", [((1,), "at least 2"), ((2, "exclusive"), "at least 3"), ((4, "dense"), "kind must be one of")])
 def test_bad_controls_are_refused(args, says):
     with pytest.raises(ValueError, match=says):
         planted_code(*args)
@@ -424,7 +433,7 @@ def test_bad_controls_are_refused(args, says):
 
 def test_the_default_estimator_counts_orthogonal_values():
     "F = N: neither the sixteen combinations nor a dense rotation. At a fifth of the budget."
-    codes = {f"{s}": planted_code(8, 8, 1500, True, s)[0] for s in range(2)}
+    codes = {f"{s}": planted_code(8, "orthogonal", 1500, s)[0] for s in range(2)}
     t = measure_layers(codes, SAEConfig(max_rounds=2, refine_steps=300), SAEConfig.released(epochs=2), (.15, 2.4, 9.6), progress=False)
     assert set(t.estimator) == {*ESTIMATORS} and len(t) == 6
     for e in ("default", "distortion"):
@@ -433,7 +442,7 @@ def test_the_default_estimator_counts_orthogonal_values():
 
 
 def test_a_distortion_out_of_reach_is_said():
-    codes = {"a": planted_code(4, 4, 300, True)[0]}
+    codes = {"a": planted_code(4, "orthogonal", 300)[0]}
     t = measure_layers(codes, QUICK, SAEConfig.released(epochs=1), (.3,), distortion=1e-9, progress=False)
     row = t[t.estimator == "distortion"].iloc[0]
     assert math.isnan(row.effective_features) and row.warning.startswith("no F at this distortion: fvu=1e-09 lies outside")
@@ -443,7 +452,7 @@ def test_a_distortion_out_of_reach_is_said():
 
 def test_table_is_tidy(table):
     layers = [f"layer {i}" for i in range(4)]
-    assert len(table) == 4 * 3 + 2 * 2 * 4 * 3 + 2 * 2 * 3
+    assert len(table) == 4 * 3 + 2 * 2 * 4 * 3 + 2 * 3 * 3
     assert not table.duplicated(["task", "network", "n", "layer", "seed", "estimator"]).any()
     rows = table[table.task == "reverse"]
     assert set(rows.layer) == {*layers} and set(rows[rows.network == "compiled"].n) == {45} and set(rows[rows.network != "compiled"].n) == {8, 3}
@@ -455,17 +464,64 @@ def test_table_is_tidy(table):
     assert rows[rows.network == "scratch"].kept_rank.isna().all() and table[table.task == "planted"].known.tolist()[:3] == pytest.approx([8] * 3)
 
 
-def test_same_seed_same_table(table):
-    again = run_network(TINY, "reverse", "compressed", progress=False)
+def test_another_estimator_measures_the_same_networks(table, store):
+    "Nothing is trained again, nothing but the reading changes; without a folder the same comes out."
+    networks, rows = ({p.name: p.stat().st_mtime_ns for p in (store / part).glob("*.json")} for part in ("networks", "rows"))
+    assert len(networks) == 4 and len(rows) == 1 + 4 + 2
+    pd.testing.assert_frame_equal(run(TINY, progress=False, store=store), table)
+    other = run(replace(TINY, default=replace(QUICK, l1=.9)), progress=False, store=store)
+    assert {p.name: p.stat().st_mtime_ns for p in (store / "networks").glob("*.json")} == networks and len([*(store / "rows").glob("*.json")]) == 2 * len(rows)
+    assert other.accuracy.equals(table.accuracy) and other["rank"].equals(table["rank"]) and not other.effective_features.equals(table.effective_features)
+    pd.testing.assert_frame_equal(other[other.estimator == "released"], table[table.estimator == "released"])
+    c = [c for c in cells(TINY) if c.network == "compressed"]
+    again = pd.DataFrame([r for x in c for r in Networks().measure(x)])
     same = table[table.network == "compressed"].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, same[again.columns], check_dtype=False)
-    other = run_network(replace(TINY, seed=1), "reverse", "compressed", progress=False)
-    assert not np.allclose(other.effective_features, again.effective_features, equal_nan=True)
+    c = [c for c in cells(replace(TINY, seed=1)) if c.network == "compressed"]
+    seeded = pd.DataFrame([r for x in c for r in Networks().measure(x)])
+    assert not np.allclose(seeded.effective_features, again.effective_features, equal_nan=True)
+
+
+@pytest.mark.parametrize("network", ["compressed", "scratch"])
+def test_kept_networks_are_those_that_were_trained(reverse, network, tmp_path):
+    t = next(c.training for c in cells(TINY) if c.network == network and c.n == 8)
+    ids = all_inputs(reverse, 3)
+    first, again = (Networks(tmp_path).get(t)(ids) for _ in range(2))
+    train = dict(compressed=train_compressed, scratch=train_from_scratch)[network]
+    every, more = all_inputs(reverse, 5), dict(noise=t.noise) if network == "compressed" else {}
+    assert torch.equal(first, again) and torch.equal(first, train(reverse, every, TASKS["reverse"](every), [8], t.seeds, t.steps, t.batch_size, t.lr, progress=False, **more)(ids))
+    kept, = tmp_path.glob("*.json")
+    kept.write_text(kept.read_text()[:1000])  # cut short: trained again
+    assert torch.equal(Networks(tmp_path).get(t)(ids), first) and len(kept.read_text()) > 1000
+
+
+KILLED = """
+import os, signal, sys
+from superposition_lc.experiments import algorithmic
+from test_algorithmic import TINY
+measure, count = algorithmic.Networks.measure, [0]
+def dies(self, cell):
+    count[0] += 1
+    if count[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, cell)
+dies.__module__, dies.__qualname__ = measure.__module__, measure.__qualname__
+algorithmic.Networks.measure = dies
+algorithmic.run(TINY, False, sys.argv[1])
+"""
+
+
+def test_killed_and_resumed_is_the_same_table(table, tmp_path, root):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root / "tests", env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*.json")}
+    assert len(kept) == 3
+    pd.testing.assert_frame_equal(run(TINY, False, tmp_path), table)
+    assert {n: (tmp_path / "rows" / n).stat().st_mtime_ns for n in kept} == kept
 
 
 def test_report_writes_everything(table, tmp_path):
     text = report(table, TINY, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"figure-5-reverse-{e}.png" for e in ESTIMATORS), "controls.png", "verdict.csv"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"figure-5-reverse-{e}.png" for e in ESTIMATORS), "controls.png", "verdict.csv", "evidence.csv"])
     assert "published: about 12" in text and "F read / known" in text and not plt.get_fignums()
     assert len(pd.read_csv(tmp_path / "verdict.csv")) == 5
 
@@ -482,6 +538,21 @@ def test_verdict_on_a_known_table():
     assert v.loc[8, ["seeds", "solved", "kept_rank"]].tolist() == [3, 2, 10] and v.psi_default[8] == pytest.approx(1.3) and v.control[8] == pytest.approx(1.05)
     assert v.psi_unflagged[8] == pytest.approx(1.2) and v.flagged[8] == .25
     assert v.solved[4] == 0 and math.isnan(v.psi_default[4]) and math.isnan(v.kept_rank[4])
+
+
+def test_evidence_by_the_rule():
+    "Above one only where the interval says so, the control reads lower, nothing is flagged, and equal distortion agrees; unsolved seeds do not count."
+    common = dict(warning="", task="sort", network="compressed", rank=3, distinct=5, known=math.nan, accuracy=1., kept_rank=4)
+    def layer(n, name, psi, distortion=1.3, **more):
+        return [dict(common, n=n, layer=name, seed=s, estimator=e, superposition=v, effective_features=v * n) | more
+                for e, values in (("default", psi), ("distortion", [distortion] * 3)) for s, v in enumerate(values)]
+    rows = layer(8, "above", [1.2, 1.21, 1.22]) + layer(8, "wide", [1., 1.2, 1.4]) + layer(8, "flagged", [1.2, 1.21, 1.22], warning="dense code") + layer(8, "below", [.8, .81, .82])
+    rows += layer(8, "elsewhere", [1.2, 1.21, 1.22], distortion=.9) + layer(4, "bad control", [1.2, 1.21, 1.22]) + layer(8, "unsolved", [1.2, 1.21, 1.22], accuracy=.99)
+    rows += [dict(common, task="planted", network="orthogonal", n=n, layer="", seed=s, estimator="default", effective_features=F, superposition=F / n, known=float(n))
+             for n, Fs in ((8, (8., 8.4)), (4, (4., 5.))) for s, F in enumerate(Fs)]
+    e = evidence(pd.DataFrame(rows)).set_index("layer")
+    assert e.psi_is.to_dict() == {"above": "above", "wide": "open", "flagged": "open", "below": "not above", "elsewhere": "open", "bad control": "open"}
+    assert e.control["above"] == pytest.approx(1.05) and e.flagged["flagged"] == 3 and e.psi["above"] == pytest.approx(1.21) and e.solved["wide"] == 3
 
 
 @pytest.mark.parametrize("bad, says", [
