@@ -550,8 +550,9 @@ def test_evidence_by_the_rule():
     rows += layer(8, "elsewhere", [1.2, 1.21, 1.22], distortion=.9) + layer(4, "bad control", [1.2, 1.21, 1.22]) + layer(8, "unsolved", [1.2, 1.21, 1.22], accuracy=.99)
     rows += [dict(common, task="planted", network="orthogonal", n=n, layer="", seed=s, estimator="default", effective_features=F, superposition=F / n, known=float(n))
              for n, Fs in ((8, (8., 8.4)), (4, (4., 5.))) for s, F in enumerate(Fs)]
+    rows += layer(6, "bad exclusive control", [1.2, 1.21, 1.22]) + [dict(rows[-1], network=k, n=6, effective_features=F, known=7.) for k, F in (("orthogonal", 7.), ("exclusive", 9.))]
     e = evidence(pd.DataFrame(rows)).set_index("layer")
-    assert e.psi_is.to_dict() == {"above": "above", "wide": "open", "flagged": "open", "below": "not above", "elsewhere": "open", "bad control": "open"}
+    assert e.psi_is.to_dict() == {"above": "above", "wide": "open", "flagged": "open", "below": "not above", "elsewhere": "open", "bad control": "open", "bad exclusive control": "open"}
     assert e.control["above"] == pytest.approx(1.05) and e.flagged["flagged"] == 3 and e.psi["above"] == pytest.approx(1.21) and e.solved["wide"] == 3
 
 

@@ -731,9 +731,9 @@ def verdict(table:pd.DataFrame, # of `run`
 def evidence(table:pd.DataFrame, # of `run`
              least:float=1.,     # accuracy from which a network counts
             )->pd.DataFrame:     # one row a task, network, width and layer of such networks
-    """What may be said of psi > 1, by a rule: "above" where the interval of psi over the seeds that count lies above 1 and above what the largest orthogonal control
-    reads at this width, no seed is flagged, and psi at equal distortion exceeds 1 too; "not above" where it ends at 1 or below and none is flagged; else "open"."""
-    control, rows = _pick(table, network="orthogonal", estimator="default").assign(ratio=lambda t: t.effective_features / t.known), []
+    """What may be said of psi > 1, by a rule: "above" where the interval of psi over the seeds that count lies above 1 and above what any control
+    without loss reads over its truth at this width, no seed is flagged, and psi at equal distortion exceeds 1 too; "not above" where it ends at 1 or below and none is flagged; else "open"."""
+    control, rows = table[table.network.isin(["orthogonal", "exclusive"]) & (table.estimator == "default")].assign(ratio=lambda t: t.effective_features / t.known), []
     solved = table[(table.task != "planted") & (table.accuracy >= least)]
     for (task, network, n, layer), t in solved.groupby(["task", "network", "n", "layer"], sort=False):
         ours, fvu = (t[t.estimator == e] for e in ("default", "distortion"))
