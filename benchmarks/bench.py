@@ -6,6 +6,7 @@ A ratio is formed within a round, in which every side runs once, so that a busy 
 table gives the median over rounds and the range. The table is kept as json with its provenance.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +25,8 @@ from torch import nn
 
 import plain
 from superposition_lc.activations import capture
-from superposition_lc.experiments import toy_models
+from superposition_lc.experiments import grokking, toy_models
+from superposition_lc.llc import local_learning_coefficient
 from superposition_lc.runs import atomic_path, provenance
 from superposition_lc.sae import SAEConfig, _Member, _run, _Trainer
 
@@ -62,6 +64,11 @@ def row(name, what, unit, values, target=None, goal=None, at_most=False, **secon
     met = None if target is None else bool(value <= target if at_most else value >= target)
     return dict(name=name, what=what, unit=unit, value=value, low=float(values.min()), high=float(values.max()), rounds=len(values), target=target, goal=goal,
                 at_most=at_most, met=met, seconds={k: float(v) for k, v in seconds.items()})
+
+
+def skipped(name, what, unit, target, why) -> dict:
+    "The line of what could not be measured here."
+    return dict(name=name, what=what, unit=unit, value=None, low=None, high=None, rounds=0, target=target, goal=None, at_most=False, met=None, seconds={}, skipped=why)
 
 
 def stack(x: torch.Tensor, expansion: float, batch_size: int, config=SAEConfig.released()) -> _Trainer:
@@ -123,6 +130,22 @@ def capturing(r: Run) -> list[dict]:
         found.append(row("capture" if name == "perceptron" else "capture_conv", f"capture, {name}, one core", "x plain loop", s.plain / s.ours,
                          10 if name == "perceptron" else None, plain=s.plain.median(), ours=s.ours.median()))
     return found
+
+
+def learning_coefficient(r: Run) -> list[dict]:
+    "The local learning coefficient of 100 checkpoints in one stack, against devinterp's one by one, at the sampler's published setting; not timed where devinterp is not installed."
+    c, what = grokking.GrokkingConfig(), "local learning coefficient, a checkpoint of the grokking network, 2 chains of 500 draws, one core"
+    aims = [("llc", what, 15), ("llc_autograd", what + ", without a gradient of its own", None)]
+    if importlib.util.find_spec("devinterp") is None: return [skipped(name, what, "x devinterp", target, "devinterp is not installed: pip install superposition_lc[llc]") for name, what, target in aims]
+    K, draws = (2, 5) if r.quick else (c.checkpoints, c.llc_draws)
+    (x, y), net = grokking.pairs(c.p), grokking.TwoPathMLP(c.p, c.embed, c.width)
+    rows = torch.randperm(len(x))[:round(c.train_fraction * len(x))]
+    x, y, stack = x[rows], y[rows], {n: p.detach().expand(K, *p.shape).clone() for n, p in net.named_parameters()}
+    sampler = dict(lr=c.llc_lr, nbeta=c.llc_nbeta, localization=c.llc_localization, chains=c.llc_chains, draws=draws, batch_size=c.batch_size)
+    ours = lambda **how: local_learning_coefficient(net, x, y, stack, **sampler, **how, progress=False)
+    s = r.rounds({"devinterp": lambda: plain.learning_coefficient(net, x, y, **sampler), "ours": lambda: ours(gradients=grokking.grokking_gradients), "autograd": ours}, 3)
+    s[["ours", "autograd"]] /= K
+    return [row(name, what, "x devinterp", s.devinterp / s[side], target, devinterp=s.devinterp.median(), ours=s[side].median()) for (name, what, target), side in zip(aims, ("ours", "autograd"))]
 
 
 # --- against the machine
@@ -209,15 +232,15 @@ def figure_3a(r: Run) -> list[dict]:
     return [row("figure_3a", what, "seconds", [whole + parts["figure"]], 60, 20, at_most=True, **parts)]
 
 
-BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, peak=of_peak, growth=growth, figure_3a=figure_3a)
+BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, peak=of_peak, growth=growth, llc=learning_coefficient, figure_3a=figure_3a)
 
 
 def show(table: list[dict]) -> str:
     "The table as text."
     number = lambda v: "" if v is None else f"{v:.3g}"
     lines = [("", "ours", "range", "unit", "target", "goal", "")]
-    lines += [(t["what"], number(t["value"]), f"{number(t['low'])}..{number(t['high'])}", t["unit"], (("<= " if t["at_most"] else ">= ") + number(t["target"])) if t["target"] else "",
-               number(t["goal"]), {None: "", True: "met", False: "NOT MET"}[t["met"]]) for t in table]
+    lines += [(t["what"], number(t["value"]), f"{number(t['low'])}..{number(t['high'])}" if t["rounds"] else "", t["unit"], (("<= " if t["at_most"] else ">= ") + number(t["target"])) if t["target"] else "",
+               number(t["goal"]), "SKIPPED: " + t["skipped"] if "skipped" in t else {None: "", True: "met", False: "NOT MET"}[t["met"]]) for t in table]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 

@@ -1,5 +1,6 @@
 """The loops people write today: one model at a time, nn.Module, DataLoader, autograd, Adam; one input at a time for activations."""
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -80,3 +81,14 @@ def capture(model: nn.Module, x: torch.Tensor, layer: nn.Module) -> torch.Tensor
             model(image[None])
     handle.remove()
     return torch.cat([out.movedim(1, -1).reshape(-1, out.shape[1]) for out in kept])
+
+
+def learning_coefficient(model: nn.Module, x: torch.Tensor, y: torch.Tensor, chains: int, draws: int, batch_size: int = 128, seed: int = 0, **sampler) -> float:
+    "The local learning coefficient by devinterp, one checkpoint; `sampler`: lr, nbeta, localization. ImportError where it is not installed."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from devinterp.optim.sgmcmc import SGMCMC
+        from devinterp.slt.sampler import estimate_learning_coeff_with_summary
+        batches = DataLoader(TensorDataset(x, y), batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        return float(estimate_learning_coeff_with_summary(model, batches, evaluate=lambda m, b: F.cross_entropy(m(b[0]), b[1]), sampling_method=SGMCMC.sgld,
+                                                          optimizer_kwargs=sampler, num_chains=chains, num_draws=draws, seed=seed, verbose=False)["llc/mean"])

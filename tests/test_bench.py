@@ -1,4 +1,5 @@
 """The benchmark's two sides compute the same thing; the table is whole. Nothing here is timed."""
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,8 @@ from torch.testing import assert_close
 
 from superposition_lc import sae as sae_module
 from superposition_lc.activations import capture
-from superposition_lc.experiments import toy_models
+from superposition_lc.experiments import grokking, toy_models
+from superposition_lc.llc import local_learning_coefficient
 from superposition_lc.sae import SAEConfig, train_sae
 
 
@@ -98,13 +100,37 @@ def test_activations_of_both_sides_are_the_same(benchmarks):
         assert ours.values.std() > 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("devinterp") is None, reason="devinterp is not installed, the comparison with it does not run: pip install superposition_lc[llc]")
+def test_learning_coefficients_of_both_sides_agree(benchmarks):
+    "To 10%, at the published setting of the sampler, on a network that is learning its training pairs and on one that knows them."
+    c = grokking.GrokkingConfig(p=23, steps=1500, checkpoints=2, n_seeds=1)
+    trained, (x, y) = grokking.train_networks(c, progress=False), grokking.pairs(c.p)
+    x, y = x[trained.train[0]], y[trained.train[0]]
+    sampler = dict(lr=c.llc_lr, nbeta=c.llc_nbeta, localization=c.llc_localization, chains=4, draws=c.llc_draws, batch_size=c.batch_size)
+    ours = local_learning_coefficient(grokking.TwoPathMLP(c.p), x, y, {n: p[0] for n, p in trained.parameters.items()}, **sampler, progress=False).table.llc
+    for k in range(2):
+        net = grokking.TwoPathMLP(c.p)
+        net.load_state_dict({n: p[0, k] for n, p in trained.parameters.items()})
+        assert ours[k] == pytest.approx(benchmarks[1].learning_coefficient(net, x, y, **sampler), rel=.1)
+
+
+def test_what_is_not_installed_is_skipped_loudly(benchmarks, monkeypatch):
+    "The line stays in the table, with the reason in place of a number."
+    bench, _ = benchmarks
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    table = bench.measure(bench.Run(quick=True), ["llc"])
+    assert [t["value"] for t in table] == [None, None] and all("devinterp is not installed" in line and "met" not in line.lower() for line in bench.show(table).splitlines()[1:])
+    assert json.loads(json.dumps(table)) == table
+
+
 def test_table_is_whole(benchmarks, quick, capsys):
     "One line a figure, numbers that are numbers, and where they come from."
     bench, _ = benchmarks
     names = [t["name"] for t in quick["table"]]
     assert len(set(names)) == len(names)
-    assert {"sae_step", "toy_step", "capture", "peak_4096", "peak_32768", "figure_3a", *(f"slope_{a}" for a in "DNBKS")} <= set(names)
+    assert {"sae_step", "toy_step", "capture", "llc", "peak_4096", "peak_32768", "figure_3a", *(f"slope_{a}" for a in "DNBKS")} <= set(names)
     for t in quick["table"]:
+        if t["name"].startswith("llc") and "skipped" in t: continue  # needs devinterp
         assert math.isfinite(t["value"]) and t["low"] <= t["value"] <= t["high"]
         assert (t["met"] is None) == (t["target"] is None) and all(v > 0 for v in t["seconds"].values())
     assert quick["provenance"]["quick"] and {"versions", "machine", "cores_used", "clock", "time", "instructions"} <= quick["provenance"].keys()

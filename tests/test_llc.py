@@ -1,7 +1,5 @@
-"""The local learning coefficient: models whose coefficient is known, the dynamics step by step, devinterp, stacks, and what is refused."""
-import importlib.util
+"""The local learning coefficient: models whose coefficient is known, the dynamics step by step, stacks, and what is refused."""
 import math
-import warnings
 
 import pytest
 import torch
@@ -181,24 +179,3 @@ def test_bad_input_is_refused(change, says):
 def test_nothing_to_perturb_is_refused():
     with pytest.raises(ValueError, match="has no parameters"):
         quiet(nn.ReLU(), torch.ones(3, 1), torch.ones(3))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("devinterp") is None, reason="devinterp is not installed, the comparison with it does not run: pip install superposition_lc[llc]")
-def test_devinterp_agrees():
-    "To 10%, at the published setting of the sampler, on a network that has learned its training pairs and on one that has not."
-    from superposition_lc.experiments.grokking import GrokkingConfig, train_networks
-    config = GrokkingConfig(p=23, steps=1500, checkpoints=2, n_seeds=1)
-    trained, (x, y) = train_networks(config, progress=False), pairs(23)
-    rows, published = trained.train[0], dict(lr=3e-3, nbeta=2., localization=5.)
-    ours = quiet(TwoPathMLP(23), x[rows], y[rows], {n: p[0] for n, p in trained.parameters.items()}, **published, chains=4, draws=500).table.llc
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from devinterp.optim.sgmcmc import SGMCMC
-        from devinterp.slt.sampler import estimate_learning_coeff_with_summary
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[rows], y[rows]), batch_size=128, shuffle=True)
-        for k in range(2):
-            net = TwoPathMLP(23)
-            net.load_state_dict({n: p[0, k] for n, p in trained.parameters.items()})
-            theirs = estimate_learning_coeff_with_summary(net, loader, evaluate=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), sampling_method=SGMCMC.sgld,
-                                                          optimizer_kwargs=published, num_chains=4, num_draws=500, seed=0, verbose=False)["llc/mean"]
-            assert ours[k] == pytest.approx(theirs, rel=.1)
