@@ -129,6 +129,22 @@ def test_table(table):
     assert table.equals(run(TINY, progress=False))
 
 
+def test_a_stopped_run_goes_on(table, tmp_path, monkeypatch):
+    "What a run left behind is not computed again, and the table is that of a run without a stop."
+    from superposition_lc.experiments import grokking
+    true, calls = grokking.evaluate, []
+    def dies_at_the_second(*args):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return true(*args)
+    monkeypatch.setattr(grokking, "evaluate", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, progress=False, store=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    pd.testing.assert_frame_equal(run(TINY, progress=False, store=tmp_path), table)
+    assert len(calls) == 3
+
+
 def test_features_are_those_of_an_autoencoder_of_its_own(trained, table):
     "No checkpoint's autoencoder knows of another: alone, it comes out the same; `scaled` does not see the size, `raw` does."
     x, y = pairs(TINY.p)
@@ -215,7 +231,7 @@ def test_reading_says_who_generalised():
 
 def test_report_and_command(tmp_path, capsys):
     found = reproduce("grokking", TINY, tmp_path, progress=False)
-    assert {p.name for p in tmp_path.iterdir()} == {"table.csv", "run.json", "figure-6b.png", "figure-scale.png", "phases.csv", "correlations.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == {"cells", "table.csv", "run.json", "figure-6b.png", "figure-scale.png", "phases.csv", "correlations.csv"}
     assert "networks generalise" in capsys.readouterr().out
     again = reproduce("grokking", TINY, tmp_path, progress=False)
     assert "nothing is run again" in capsys.readouterr().out and report(again, TINY, tmp_path) == reading(found)

@@ -11,6 +11,8 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from superposition_lc import cli
+from superposition_lc.cells import FailedCells
+from superposition_lc.experiments import parity
 from superposition_lc.experiments.parity import (
     PUBLISHED_DROPOUT, PUBLISHED_SCALING, SCALES, ParityConfig, dropout, figure_4a, figure_4bc, growth, lowered, parity_gradients, parity_inputs, plot_dropout, plot_scaling,
     reading, report, run, scaling, slopes, stratified_split, train_parity)
@@ -198,6 +200,17 @@ def test_nothing_fires_is_a_value_with_a_name():
 def test_parts_can_be_left_out():
     assert set(run(replace(TINY, scaling_seeds=0), progress=False).figure) == {"dropout"}
     assert set(run(replace(TINY, widths=()), progress=False).figure) == {"scaling"}
+
+
+def test_a_part_can_be_run_again_without_the_others(table, tmp_path, monkeypatch):
+    "Parts that fail are named, the others kept; the table is then that of a run in one go."
+    calls, true = [], parity.dropout
+    monkeypatch.setattr(parity, "dropout", lambda config, progress: true(config, progress) if config.widths == (4,) else 1 / 0)
+    with pytest.raises(FailedCells, match="1 of 5 cells failed"):
+        run(TINY, progress=False, store=tmp_path)
+    monkeypatch.setattr(parity, "dropout", lambda config, progress: calls.append(config.widths) or true(config, progress))
+    pd.testing.assert_frame_equal(run(TINY, progress=False, store=tmp_path), table)
+    assert calls == [(8,)] and len(parity.parts(TINY)) == 5
 
 
 def test_site_changes_what_is_measured():
