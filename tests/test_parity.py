@@ -296,9 +296,9 @@ def test_report_writes_all_or_what_there_is(table, tmp_path):
 
 def test_reproduce_runs_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SCALES, "smoke", replace(TINY, widths=(4,), scaling_seeds=1))
-    assert cli.main(["reproduce", "parity", "--scale", "smoke", "--out", str(tmp_path / "p"), "--quiet"]) == 0
+    assert cli.main(["reproduce", "parity", "--scale", "smoke", "--out", str(tmp_path / "p"), "--quiet", "--jobs", "1"]) == 0
     first = capsys.readouterr().out
-    assert cli.main(["reproduce", "parity", "--scale", "smoke", "--out", str(tmp_path / "p"), "--quiet"]) == 0
+    assert cli.main(["reproduce", "parity", "--scale", "smoke", "--out", str(tmp_path / "p"), "--quiet", "--jobs", "1"]) == 0
     again = capsys.readouterr().out
     assert "Found the finished table" in again and again.split("\n", 1)[1] == first
     figure_4bc(pd.read_csv(tmp_path / "p" / "table.csv"))
