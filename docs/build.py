@@ -13,7 +13,7 @@ from sphinx.cmd.build import main as sphinx
 
 from reader import BADGE, BLOB, CFG, ROOT, SITE, code, load, notebooks, options, outputs, page, relink, slug
 
-GROUPS = {"tutorials": "Tutorials", "core": "The measure, bottom up", "experiments": "Experiments of the paper"}
+GROUPS = {"tutorials": "Tutorials", "experiments": "The paper, section by section", "core": "The measure, bottom up", "about": "About"}
 # nbdev's show_doc starts with a rule, a source link and a heading; each gets its place on the page.
 SHOW_DOC = re.compile(r"^---\s+(?:\[source\]\((?P<source>[^)]+)\)\{[^}]*\}\s+)?#+ (?P<name>\S+)\s+", re.MULTILINE)
 
