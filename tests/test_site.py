@@ -1,4 +1,5 @@
 """The documentation site: built once, checked as files, then read in a browser where Chromium is installed."""
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,17 @@ def test_one_page_a_notebook(root, notebook_pages):
     "Nothing is left out, and two notebooks never share a page."
     notebooks = [p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
     assert len(notebook_pages) == len(notebooks)
+
+
+def test_sidebar_leads_everywhere(notebook_pages):
+    "From every page to every page, in groups by purpose: start, tutorials, the paper, the modules, the rest."
+    for name, soup in notebook_pages.items():
+        folder = Path(name).parent
+        links = [a["href"].partition("#")[0] or Path(name).name for a in soup.select("nav.bd-links a[href]")]
+        reached = {os.path.normpath(folder / href) for href in links}
+        assert reached == {*notebook_pages}, f"{name}: {sorted({*notebook_pages} ^ reached)}"
+        captions = [c.get_text(strip=True) for c in soup.select("nav.bd-links .caption-text")]
+        assert captions == ["Getting started", "Tutorials", "The paper, section by section", "The measure, bottom up", "About"], f"{name}: {captions}"
 
 
 def test_links_lead_somewhere(site, pages):
@@ -176,14 +188,18 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
 def test_search_finds_a_symbol(browser, url):
     "Offline, with what the site carries."
     browser.get(f"{url}search.html?q=effective_features")
-    assert wait(browser, "document.querySelectorAll('#search-results li a').length")
+    found = wait(browser, "[...document.querySelectorAll('#search-results li a')].map(a => a.href)")
+    assert any("core/entropy.html" in href for href in found), found
+    browser.get(next(href for href in found if "core/entropy.html" in href))
+    assert wait(browser, "document.querySelector('h1') && document.body.innerText.includes('effective_features')")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_follows_the_readers_theme(browser, url, theme):
+@pytest.mark.parametrize("page", ["index.html", "core/entropy.html", "about/limits.html"])
+def test_follows_the_readers_theme(browser, url, theme, page):
     "Text and ground differ enough in both."
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
-    browser.get(url)
+    browser.get(url + page)
     ground, text = browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, text)]
     assert light[0] - light[1] > 300 if theme == "light" else light[1] - light[0] > 300
