@@ -27,8 +27,10 @@ import plain
 from superposition_lc.activations import capture
 from superposition_lc.experiments import grokking, toy_models
 from superposition_lc.llc import local_learning_coefficient
+from superposition_lc.pretrained import PretrainedSAE
 from superposition_lc.runs import atomic_path, provenance
 from superposition_lc.sae import SAEConfig, _Member, _run, _Trainer
+from superposition_lc.text import _Pass, find_sites, text_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -148,6 +150,53 @@ def learning_coefficient(r: Run) -> list[dict]:
     return [row(name, what, "x devinterp", s.devinterp / s[side], target, devinterp=s.devinterp.median(), ours=s[side].median()) for (name, what, target), side in zip(aims, ("ours", "autograd"))]
 
 
+# --- text through a network, against its parts
+
+class Words:
+    "A tokenizer that costs nothing: the words are the ids."
+    pad_token_id, all_special_ids = 0, ()
+
+    def __call__(self, text, **kwargs):
+        ids = [int(word) for word in text.split()]
+        return dict(input_ids=ids, special_tokens_mask=[0] * len(ids))
+
+
+def reading(width: int, expansion: int, n_layers: int, n_batches: int, tokens: int = 64, batch_size: int = 16) -> tuple:
+    "(network, autoencoders of all sites, texts, settings of the pass); each autoencoder reconstructs well, and one code in fifty is active."
+    model = plain.PlainTransformer(1000, width, n_layers)
+    texts = [" ".join(map(str, row.tolist())) for row in torch.randint(1000, (n_batches * batch_size, tokens))]
+    settings, sites = dict(max_tokens=tokens, batch_size=batch_size, n_groups=2), find_sites(model)
+    inputs = torch.tensor([list(map(int, t.split())) for t in texts[:batch_size]])
+    seen = capture(model, inputs, [s.module for s in sites], progress=False)
+    return model, {s.name: autoencoder(seen[s.module].values, expansion) for s in sites}, texts, settings
+
+
+def autoencoder(x: torch.Tensor, expansion: int) -> PretrainedSAE:
+    "Both ends of each axis of a random basis, and far more features that fire seldom and add little."
+    n, rest = x.shape[1], (expansion - 2) * x.shape[1]
+    basis, more, scale = torch.linalg.qr(torch.randn(n, n)).Q, nn.functional.normalize(torch.randn(rest, n), dim=1), x.square().mean().sqrt()
+    limits = (x[:256] / scale @ more.T).quantile(.98, 0)
+    w = torch.cat([basis, -basis, more])
+    return PretrainedSAE(w, torch.cat([torch.full((2 * n,), -.1), -limits]), w * torch.cat([torch.ones(2 * n, 1), torch.full((rest, 1), 1e-3)]), torch.zeros(n), scale=scale.item())
+
+
+def text_pass(r: Run) -> list[dict]:
+    "Batches of text measured at all sites, against the network's forward pass and the encoders' codes by themselves."
+    found = []
+    for name, width, expansion, n_layers, repeats in [("text_pass", 512, 64, 1, 5), ("text_pass_small", 384, 8, 6, 9)]:
+        if r.quick: width, expansion, n_layers = 32, expansion // 2, 1
+        model, saes, texts, settings = reading(width, expansion, n_layers, n_batches=2)
+        sites, batches, seen = find_sites(model), list(text_batches(texts, Words(), **settings)), []
+        run = _Pass(model, sites, saes, settings | dict(test_every=32), 4000, None)
+        run.m.n_batches = 1  # what is done once a text, on its first batch, is left out
+        for b in batches: run.run(b.inputs, b.keep, lambda site, x: seen.append((saes[site], x.clone())))
+        sides = {"network": lambda: [model(b.input_ids) for b in batches], "encoders": lambda: [sae.encode(x) for sae, x in seen], "ours": lambda: [run(b) for b in batches]}
+        with torch.no_grad(): s = r.rounds(sides, repeats)
+        what = f"text measured at {len(sites)} sites, {width} neurons, {expansion * width} features, one core"
+        found.append(row(name, what, "x network and encoders", s.ours / (s.network + s.encoders), at_most=True, **s.median()))
+    return found
+
+
 # --- against the machine
 
 def peak_sides(N: int, D: int, B: int, quick: bool) -> tuple[dict, dict]:
@@ -232,7 +281,7 @@ def figure_3a(r: Run) -> list[dict]:
     return [row("figure_3a", what, "seconds", [whole + parts["figure"]], 60, 20, at_most=True, **parts)]
 
 
-BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, peak=of_peak, growth=growth, llc=learning_coefficient, figure_3a=figure_3a)
+BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, text=text_pass, peak=of_peak, growth=growth, llc=learning_coefficient, figure_3a=figure_3a)
 
 
 def show(table: list[dict]) -> str:

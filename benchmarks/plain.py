@@ -71,6 +71,44 @@ def train_toy_model(model: nn.Module, batches, importance: torch.Tensor, steps: 
     return losses
 
 
+class PlainAttention(nn.Module):
+    "Causal attention."
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class PlainBlock(nn.Module):
+    "Attention and MLP beside each other on a residual stream, as in GPT-NeoX."
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norms, self.attention = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)]), PlainAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x): return x + self.attention(self.norms[0](x)) + self.mlp(self.norms[1](x))
+
+
+class PlainTransformer(nn.Module):
+    "A decoder without positions or head, its modules named as GPT-NeoX names them."
+
+    def __init__(self, vocab: int, width: int, n_layers: int):
+        super().__init__()
+        self.embed_in = nn.Embedding(vocab, width)
+        self.layers = nn.ModuleList(PlainBlock(width, max(1, width // 64)) for _ in range(n_layers))
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed_in(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def capture(model: nn.Module, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     "The layer's output for every input, neurons last: (S, N); positions of an image are samples."
     kept = []

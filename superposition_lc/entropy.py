@@ -33,10 +33,15 @@ def _abs_sums(
     n_groups:int,
 )->Tensor: # (n_groups, D) float64, on the CPU
     "Sum `abs(codes)` within groups, in blocks that fit the cache."
+    plain = n_groups == 1 and not codes.is_cuda and codes.dtype in (torch.float32, torch.float64)
     groups = groups.to(codes.device)
     sums = torch.zeros(n_groups, codes.shape[1], dtype=torch.float64, device=codes.device)
-    rows = max(1, 2**(24 if codes.is_cuda else 18) // codes.shape[1])
+    rows = max(1, 2**(24 if codes.is_cuda else 22 if plain else 18) // codes.shape[1])
     for z, g in zip(codes.split(rows), groups.split(rows)):
+        if plain: # numpy sums floats into float64 without converting them first
+            z = z.numpy()
+            with np.errstate(over="ignore"): sums[0] += torch.from_numpy(np.add.reduce(z if z.min(initial=0) == 0 else np.abs(z), 0, dtype=np.float64))
+            continue
         z = z.double().abs()
         if codes.is_cuda: sums += one_hot(g, n_groups).double().T @ z # index_add_ is not deterministic there
         else: sums.index_add_(0, g, z)
@@ -243,15 +248,16 @@ class _GroupSums:
         Raises ValueError for NaN, infinity or shapes that do not fit, and then adds nothing."""
         flat, ids = _as_batch(codes, clusters, self.n_features, self.n_samples)
         singles = (ids if clusters is None else ids[:0]).remainder(self.n_groups).bincount(minlength=self.n_groups)
-        sums = _abs_sums(flat, ids % self.n_groups, self.n_groups)
+        groups, where = (ids % self.n_groups).unique(return_inverse=True)
+        sums = _abs_sums(flat, where, len(groups))
         _check_finite(sums, _as_codes(codes))
-        return self._add(sums, singles, set() if clusters is None else set(ids.unique().tolist()), len(flat))
+        return self._add(groups, sums, singles, set() if clusters is None else set(ids.unique().tolist()), len(flat))
 
-    def _add(self, sums, singles, ids, n_samples):
+    def _add(self, groups, sums, singles, ids, n_samples):
         "Add sums and counts; refuse samples without ids beside samples with ids, since one of the two is a mistake."
         if (singles.any() and self._ids) or (ids and self._singles.any()):
             raise ValueError("some samples have cluster ids and others have none: pass clusters in every update, or in none")
-        self._sums += sums
+        self._sums[groups] += sums
         self._singles += singles
         self._ids |= ids
         self.n_samples += n_samples
@@ -266,7 +272,7 @@ class ShareAccumulator(_GroupSums):
         """Add what another accumulator has seen, in place. An id that both have seen is one cluster: number clusters over all shards.
         Samples without ids are grouped by their place in their shard: how data are cut into shards changes no share, but moves the interval a little."""
         if other._sums.shape != self._sums.shape: raise ValueError(f"cannot merge {other} into {self}: build both with the same n_features and n_groups")
-        return self._add(other._sums, other._singles, other._ids, other.n_samples)
+        return self._add(slice(None), other._sums, other._singles, other._ids, other.n_samples)
 
     @property
     def n_clusters(self)->int: return len(self._ids) + int(self._singles.sum())
@@ -291,7 +297,7 @@ class ShareAccumulator(_GroupSums):
     def load_state_dict(self, state:dict[str, Tensor])->"ShareAccumulator": # itself, as it was saved
         "Replace everything by what `state_dict` returned."
         self.__init__(state["sums"].shape[1], state["sums"].shape[0])
-        return self._add(state["sums"], state["singles"], set(state["ids"].tolist()), int(state["n_samples"]))
+        return self._add(slice(None), state["sums"], state["singles"], set(state["ids"].tolist()), int(state["n_samples"]))
 
     def __repr__(self): return f"ShareAccumulator(n_features={self.n_features}, n_groups={self.n_groups}): {self.n_samples:,} samples, {self.n_clusters:,} clusters"
 

@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .activations import _as_found, _first_float, _keys, _mix, hooks
+from .activations import as_found, first_float, hooks, sample_keys
 from .entropy import ShareAccumulator, effective_features, estimate_columns
 from .geometry import Taming, massive_values, outlier_neurons, participation_ratio, relative_size, two_nn
-from .measurement import Measurement, _layer_row, row_warning
+from .measurement import Measurement, layer_row, row_warning
 from .runs import atomic_path, progress_bar, provenance
-from .sae import _chunks
 
 # %% ../nbs/core/07_text.ipynb #6134107e
 KINDS = "embedding", "attention", "mlp", "residual"
@@ -94,7 +93,7 @@ def residual_error(model:nn.Module,
     family, sites = _family_sites(model)
     if family in (None, "BERT"): return math.nan
     seen, paths = {}, dict(model.named_modules())
-    with _as_found(model, None, 0), hooks({s.name: paths[s.module] for s in sites}, lambda name, _, out: seen.setdefault(name, _first_float(out, name).double())):
+    with as_found(model, None, 0), hooks({s.name: paths[s.module] for s in sites}, lambda name, _, out: seen.setdefault(name, first_float(out, name).double())):
         _call(model, inputs)
     worst, before = 0., seen["embed"]
     for i in range(max(s.depth for s in sites)):
@@ -223,20 +222,28 @@ def text_batches(texts,              # as for `read_texts`
             if len(rows) == batch_size: yield _batch(group, waiting.pop(group), pad)
     for group in sorted(waiting): yield _batch(group, waiting[group], pad)
 
+# %% ../nbs/core/07_text.ipynb #c336d4b0
+def _type_hashes(types): return sample_keys(types, np.zeros_like(types), 0)
+
+def _lowest(types, keys):
+    "Where the lowest key of each type is."
+    order = np.lexsort((keys, types))
+    return order[np.unique(types[order], return_index=True)[1]]
+
 # %% ../nbs/core/07_text.ipynb #c336d4b1
 class _TypeSample:
     "Activations of one occurrence of each token type, `cap` types at most; mergeable."
     def __init__(self, cap, widths): # widths: {site: N}
         self.cap, self.types, self.keys = cap, np.empty(0, np.int64), np.empty(0, np.uint64)
+        self.limit = np.uint64(2**64 - 1)  # a type with a larger hash has no chance any more
         self.values = {site: torch.empty(0, n) for site, n in widths.items()}
 
     def plan(self, tokens, documents, places):
         "Which samples of a batch are to be kept: (their numbers, rows for them); call `put` for each site, then `prune`."
-        keys = _keys(documents.numpy(), places.numpy(), 0)
-        order = np.lexsort((keys, tokens := tokens.numpy()))
-        first = order[np.unique(tokens[order], return_index=True)[1]]  # the lowest key of each type
+        keys = sample_keys(documents.numpy(), places.numpy(), 0)
+        first = _lowest(tokens := tokens.numpy(), keys)
         rows = {t: i for i, t in enumerate(self.types.tolist())}
-        new = [i for i in first if tokens[i] not in rows]
+        new = [i for i, hash in zip(first, _type_hashes(tokens[first])) if tokens[i] not in rows and hash <= self.limit]
         old = [i for i in first if tokens[i] in rows and keys[i] < self.keys[rows[tokens[i]]]]
         at = np.array([rows[tokens[i]] for i in old], np.int64)
         self.keys[at] = keys[old] if old else self.keys[at]
@@ -245,12 +252,13 @@ class _TypeSample:
 
     def put(self, site, x, plan):
         old, at, new = plan
-        self.values[site] = torch.cat([self.values[site], x[new.to(x.device)].float().cpu()])
-        self.values[site][at] = x[old.to(x.device)].float().cpu()
+        if len(new): self.values[site] = torch.cat([self.values[site], x[new.to(x.device)].float().cpu()])
+        if len(old): self.values[site][at] = x[old.to(x.device)].float().cpu()
     def prune(self, most):
         "Keep the `cap` types with the lowest hash where there are more than `most`, in order of the type."
         if len(self.types) <= most: return
-        best = np.argsort(_mix(self.types.astype(np.uint64)), kind="stable")[:self.cap]
+        best = np.argsort(hashes := _type_hashes(self.types), kind="stable")[:self.cap]
+        self.limit = hashes[best[-1]]
         self.take(best[np.argsort(self.types[best])])
     def take(self, rows):
         self.types, self.keys = self.types[rows], self.keys[rows]
@@ -259,8 +267,7 @@ class _TypeSample:
     def merge(self, other):
         self.types, self.keys = np.concatenate([self.types, other.types]), np.concatenate([self.keys, other.keys])
         self.values = {s: torch.cat([v, other.values[s]]) for s, v in self.values.items()}
-        order = np.lexsort((self.keys, self.types))
-        self.take(order[np.unique(self.types[order], return_index=True)[1]])
+        self.take(_lowest(self.types, self.keys))
         self.prune(self.cap)
 
 # %% ../nbs/core/07_text.ipynb #be3747e9
@@ -276,19 +283,26 @@ class _SiteSums:
 
     def update(self, x, sae, documents, group, test_every):
         "Samples (S, N) of one group, and the autoencoder's codes of them; of each `test_every`-th also the reconstruction."
-        sums, wide = self.sums, x.double()
-        sums["n"][group] += len(x)
-        sums["first"][group] += wide.sum(0).cpu()
-        sums["second"][group] += wide.square().sum(0).cpu()
-        self.peak = torch.maximum(self.peak, wide.abs().amax(0).cpu())
+        if len(x) == 0: return
+        pieces = _pieces(x, len(self.shares) * self.n_features)
+        for part in pieces: self._moments(x[part], group)
+        if not self.sums["second"][group].isfinite().all(): raise FloatingPointError("activations are NaN or infinite")
         if isinstance(sae, Tamed): x, sae = sae.taming(x), sae.sae
-        for part in _chunks(sae, x):
+        tested = []
+        for part in pieces:
             z = sae.encode(x[part])
-            tested = slice(-part.start % test_every, None, test_every)  # counted from the first sample of the batch
-            self._test(x[part][tested], sae, z[..., tested, :], group)
+            tested.append(z[..., -part.start % test_every::test_every, :].clone())  # counted from the first sample of the batch
             z = z if z.ndim == 3 else z[None]
-            sums["active"][group] += torch.stack([torch.count_nonzero(m) for m in z]).double().cpu()
+            self.sums["active"][group] += torch.tensor([_active(codes) for codes in z], dtype=torch.float64)
             for shares, codes in zip(self.shares, z): shares.update(codes, documents[part])
+        self._test(x[::test_every], sae, torch.cat(tested, -2), group)
+
+    def _moments(self, x, group):
+        wide = x.double()
+        self.sums["n"][group] += len(x)
+        self.sums["first"][group] += wide.sum(0).cpu()
+        self.sums["second"][group] += wide.square_().sum(0).cpu()
+        self.peak = torch.maximum(self.peak, wide.amax(0).sqrt().cpu())
 
     def _test(self, x, sae, z, group):
         x_hat, wide = sae.decode(z, x) if hasattr(sae, "normalise") else sae.decode(z), x.double()
@@ -297,10 +311,21 @@ class _SiteSums:
         self.sums["first_tested"][group] += wide.sum(0).cpu()
         self.sums["second_tested"][group] += wide.square().sum().cpu()
 
-    def merge(self, other):
-        for a, b in zip(self.shares, other.shares): a.merge(b)
-        for name in self.sums: self.sums[name] += other.sums[name]
-        self.peak = torch.maximum(self.peak, other.peak)
+# %% ../nbs/core/07_text.ipynb #682fadee
+def _pieces(x, width):
+    "Slices of samples with codes of `width` numbers each: few enough for the cache, enough for a fast matrix product."
+    rows = 2**26 // width if x.is_cuda else min(max(128, 2**21 // width), 2**24 // width)
+    return [slice(i, i + max(1, rows)) for i in range(0, len(x), max(1, rows))]
+
+def _active(z):
+    "How many codes are not zero; torch counts five times slower than numpy."
+    if z.is_cuda or z.dtype not in (torch.float32, torch.float64): return torch.count_nonzero(z).item()
+    return np.count_nonzero(z.numpy() != 0)
+
+def _merge_sums(mine, other):
+    for a, b in zip(mine.shares, other.shares): a.merge(b)
+    for name in mine.sums: mine.sums[name] += other.sums[name]
+    mine.peak = torch.maximum(mine.peak, other.peak)
 
 # %% ../nbs/core/07_text.ipynb #d7c70d84
 @dataclass(frozen=True, eq=False)
@@ -317,39 +342,37 @@ def _quality(sums):
     return sums["active"].sum(0) / n, fvu.where(variance > 0, math.nan)
 
 # %% ../nbs/core/07_text.ipynb #bb795b00
-_ENOUGH = 100  # tokens from which on the first batch is judged
+_ENOUGH = 100  # reconstructed tokens from which on autoencoders are judged
 
 def _refusal(F, n_features, fvu):
     "Why a measurement is no measurement, or nothing."
     if F > .999 * n_features > 1: return "refused: all features alike, F equals D"
     return "refused: the autoencoder explains less than the mean does" if fvu > 1 and F > 0 else ""
 
-def _check_first(name, x, sae, n_groups):
-    "Samples of the first batch against the autoencoder; returns the site's empty sums."
+def _empty(name, x, sae, n_groups):
+    "Sums of a site for its autoencoder, if it has the width of the site's samples x."
     inner = sae.sae if isinstance(sae, Tamed) else sae
     if inner.n_neurons != x.shape[1]:
         raise ValueError(f"site {name!r} has {x.shape[1]} neurons, its autoencoder was made for {inner.n_neurons}: it belongs to another site or model")
-    members = getattr(inner, "stack", None) or 1
-    make = lambda: _SiteSums(x.shape[1], inner.n_features, members, n_groups)
-    if len(x) >= _ENOUGH:
-        (trial := make()).update(x, sae, torch.arange(len(x)), 0, 1)
-        l0, error = trial.sums["active"].sum(0), trial.sums["error"].sum(0) / trial.sums["second_tested"].sum()
-        for i, shares in enumerate(trial.shares):
-            F = effective_features(shares.shares) if l0[i] > 0 else 0.
-            why = "refused: reconstructions are worse than zeros" if error[i] > 1 else _refusal(F, inner.n_features, 0.)
-            if why:
-                raise ValueError(f"site {name!r}, {why} (squared error {error[i]:.2f} of the activations' squares, F {F:.0f} of {inner.n_features} on the first {len(x)} tokens). "
-                                 "Fix: look whether it belongs to this site and model, and to activations of this scale")
-    return make()
+    return _SiteSums(x.shape[1], inner.n_features, getattr(inner, "stack", None) or 1, n_groups)
+
+def _judge(name, sums):
+    "Refuse what no further text can mend."
+    error, fires = sums.sums["error"].sum(0) / sums.sums["second_tested"].sum(), sums.sums["active"].sum(0) > 0
+    for i, shares in enumerate(sums.shares):
+        F = effective_features(shares.shares) if fires[i] else 0.
+        if why := "refused: reconstructions are worse than zeros" if error[i] > 1 else _refusal(F, sums.n_features, 0.):
+            raise ValueError(f"site {name!r}, {why} (squared error {error[i]:.2f} of the activations' squares, F {F:.0f} of {sums.n_features} on the first {int(sums.sums['n'].sum())} tokens). "
+                             "Fix: look whether it belongs to this site and model, and to activations of this scale")
 
 # %% ../nbs/core/07_text.ipynb #45ba05f8
-_STATE = "n_batches", "n_documents", "finished", "digest", "residual_error"
+_STATE = "n_batches", "n_documents", "judged", "finished", "digest", "residual_error"
 
 class TextMeasurement:
     "What a pass over a text has gathered, site by site: save, load, merge, and read as tables."
     def __init__(self, settings:dict, sites:list, sums:dict, types:_TypeSample):
         self.settings, self.sites, self._sums, self._types = settings, sites, sums, types
-        self.n_batches, self.n_documents, self.finished, self.digest = 0, 0, False, ""
+        self.n_batches, self.n_documents, self.judged, self.finished, self.digest = 0, 0, False, False, ""
         self.residual_error = math.nan # of `residual_error`, on the first batch
 
     def measurement(self, level=.95, converged=None)->Measurement: return _measurement(self, level, converged or {})
@@ -360,7 +383,7 @@ class TextMeasurement:
     @classmethod
     def load(cls, path): return _load(cls, path)
     def __repr__(self):
-        n = int(next(iter(self._sums.values())).sums["n"].sum())
+        n = sum(int(s.sums["n"].sum()) for s in list(self._sums.values())[:1])
         return f"TextMeasurement({len(self.sites)} sites, {n:,} tokens of {self.n_documents:,} documents{'' if self.finished else ', not finished'})"
 
 def _rows(m, site, level, converged):
@@ -383,7 +406,7 @@ def _measurement(m, level, converged):
     seeds, layers = [], []
     for site in m.sites:
         rows = list(_rows(m, site, level, converged.get(site.name, [True] * len(m._sums[site.name].shares))))
-        row = _layer_row(rows, level)
+        row = layer_row(rows, level)
         if m.residual_error > .01 and site.kind in KINDS[1:]: row["warning"] = "; ".join(filter(None, [row["warning"], "blocks do not add what these sites give"]))
         if refused := [r["warning"] for r in rows if r["warning"].startswith("refused")]: row["warning"] = refused[0]
         layers.append({k: rows[0][k] for k in ("layer", "kind", "depth")} | row | dict(n_documents=rows[0]["n_documents"]))
@@ -430,7 +453,7 @@ def _merge(m, other):
         if not x.finished: raise ValueError("cannot merge: a part is not finished, run it again with its checkpoint first")
     a, b = (next(iter(x._sums.values())).sums["n"] > 0 for x in (m, other))
     if (a & b).any(): raise ValueError(f"cannot merge: both parts hold documents of group(s) {(a & b).nonzero().flatten().tolist()[:5]}. Give each machine a shard of its own")
-    for name, sums in m._sums.items(): sums.merge(other._sums[name])
+    for name, sums in m._sums.items(): _merge_sums(sums, other._sums[name])
     m._types.merge(other._types)
     m.residual_error = float(np.fmax(m.residual_error, other.residual_error))
     m.n_batches, m.n_documents, m.digest = m.n_batches + other.n_batches, m.n_documents + other.n_documents, ""
@@ -472,55 +495,62 @@ def _load(cls, path):
 # %% ../nbs/core/07_text.ipynb #0785b507
 def _fingerprint(module):
     "Tells one network's weights from another's."
-    if isinstance(module, Tamed): return [_fingerprint(module.sae), float(module.taming.shift.sum()), float(module.taming.divisor.sum())]
-    parts = [(name, list(t.shape), t.detach().double().sum().item(), t.detach().double().abs().sum().item()) for name, t in module.state_dict().items() if t.is_floating_point()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    if isinstance(module, Tamed): return [_fingerprint(module.sae), _digest(vars(module.taming))]
+    return _digest(module.state_dict())
 
-def _picked(name, output, keep, batch):
-    "The samples (S, N) in a site's output."
-    x = _first_float(output, name)
-    if x.shape[:2] != keep.shape: raise ValueError(f"site {name!r}: found an output of shape {tuple(x.shape)} for tokens {tuple(keep.shape)}, expected (texts, tokens, neurons)")
-    x = x[keep].float()
-    if not x.isfinite().all(): raise ValueError(f"site {name!r}: activations are NaN or infinite in documents {batch.documents.tolist()[:5]}. Fix: look at the weights; run in float32")
-    return x
+def _digest(tensors):
+    seen = hashlib.sha256()
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor): continue
+        seen.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        seen.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()[:16]
+
+def _picked(name, output, shape, kept):
+    "The samples (S, N) in a site's output for texts and tokens of that shape; `kept` are their places in a row."
+    x = first_float(output, name)
+    if x.shape[:2] != shape: raise ValueError(f"site {name!r}: found an output of shape {tuple(x.shape)} for tokens {tuple(shape)}, expected (texts, tokens, neurons)")
+    x = x.flatten(0, 1)
+    return (x if len(kept) == len(x) else x[kept]).float()
 
 # %% ../nbs/core/07_text.ipynb #93a3e773
 class _Pass:
-    "Takes in batches; `m` is None until the first."
+    "Takes in batches; `m` holds what was gathered."
     def __init__(self, model, sites, saes, settings, max_types, m):
         paths = dict(model.named_modules())
-        self.model, self.sites, self.saes, self.settings, self.max_types, self.m = model, sites, saes, settings, max_types, m
+        self.model, self.saes, self.settings = model, saes, settings
+        self.m = m or TextMeasurement(settings, sites, {}, _TypeSample(max_types, {}))
         self.modules = {s.name: paths[s.module] for s in sites}
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def run(self, batch, fn):
-        "Call fn(site, samples (S, N)) for each site of a batch."
-        device, called = next((p.device for p in self.model.parameters()), torch.device("cpu")), set()
-        keep = batch.keep.to(device)
+    def run(self, inputs, keep, fn):
+        "Call fn(site, samples (S, N)) for each site while the network runs."
+        called, kept = set(), keep.flatten().nonzero()[:, 0].to(self.device)
         def see(name, module, output):
             if name in called: raise ValueError(f"site {name!r} is called more than once in a forward pass: name the modules around its uses instead")
             called.add(name)
-            fn(name, _picked(name, output, keep, batch))
-        with hooks(self.modules, see): _call(self.model, {k: v.to(device) for k, v in batch.inputs.items()})
+            fn(name, _picked(name, output, keep.shape, kept))
+        with hooks(self.modules, see): _call(self.model, inputs)
         if missing := [s for s in self.modules if s not in called]: raise ValueError(f"the forward pass did not call {missing[0]!r}, so nothing is known of that site")
-
-    def start(self, batch):
-        "Check everything on the first batch, and set out."
-        sums = {}
-        self.run(batch, lambda name, x: sums.setdefault(name, _check_first(name, x, self.saes[name], self.settings["n_groups"])))
-        self.m = TextMeasurement(self.settings, self.sites, sums, _TypeSample(self.max_types, {name: s.n_neurons for name, s in sums.items()}))
-        self.m.residual_error = residual_error(self.model, {k: v.to(next(self.model.parameters()).device) for k, v in batch.inputs.items()})
 
     def __call__(self, batch):
         "Take in one batch."
-        m, group, samples = self.m, batch.group, batch.keep.sum(1)
-        documents = batch.documents.repeat_interleave(samples)
+        m, inputs = self.m, {k: v.to(self.device) for k, v in batch.inputs.items()}
+        documents = batch.documents.repeat_interleave(batch.keep.sum(1))
         places = (batch.starts[:, None] + batch.keep.cumsum(1) - 1)[batch.keep]
         plan = m._types.plan(batch.input_ids[batch.keep], documents, places)
         def take(name, x):
+            if name not in m._sums:
+                m._sums[name], m._types.values[name] = _empty(name, x, self.saes[name], self.settings["n_groups"]), torch.empty(0, x.shape[1])
             m._types.put(name, x, plan)
-            m._sums[name].update(x, self.saes[name], documents, group, self.settings["test_every"])
-        self.run(batch, take)
+            try: m._sums[name].update(x, self.saes[name], documents, batch.group, self.settings["test_every"])
+            except FloatingPointError: raise ValueError(f"site {name!r}: activations are NaN or infinite in documents {batch.documents.tolist()[:5]}. Fix: look at the weights; run in float32") from None
+        self.run(inputs, batch.keep, take)
         m._types.prune(2 * m._types.cap)
+        if m.n_batches == 0: m.residual_error = residual_error(self.model, inputs)
+        if not m.judged and all(s.sums["tested"].sum() >= _ENOUGH for s in m._sums.values()):
+            for name, sums in m._sums.items(): _judge(name, sums)
+            m.judged = True
 
 # %% ../nbs/core/07_text.ipynb #2fe78696
 def _check_saes(sites, saes):
@@ -547,7 +577,7 @@ def measure_text(model:nn.Module,      # a transformers model, on the device whe
                  max_tokens:int=512, windows:int=1, batch_size:int=16, max_documents:int|None=None, special:bool=False, # as for `text_batches`
                  n_groups:int=50,      # of documents, behind the interval
                  shard:tuple=(0, 1),   # (i, n): the i-th of n parts, to be merged
-                 test_every:int=16,    # samples from one reconstruction to the next
+                 test_every:int=32,    # samples from one reconstruction to the next
                  max_types:int=4000,   # token types kept for the dimensions
                  checkpoint:str|Path|None=None, # file to go on from, and to save to
                  save_every:float=60., # seconds between checkpoints
@@ -561,17 +591,16 @@ def measure_text(model:nn.Module,      # a transformers model, on the device whe
                     max_documents=max_documents, special=special, n_groups=n_groups, shard=list(shard), test_every=test_every, max_types=max_types)
     batches = text_batches(texts, tokenizer, max_tokens, windows, batch_size, n_groups, shard, max_documents, special)
     run = _Pass(model, sites, saes, settings, max_types, _resume(checkpoint, settings))
-    digest, documents, done, number, saved = hashlib.sha256(), set(), run.m.n_batches if run.m else 0, 0, time.monotonic()
-    with _as_found(model, None, 0):
+    digest, documents, done, number, saved = hashlib.sha256(), set(), run.m.n_batches, 0, time.monotonic()
+    with as_found(model, None, 0):
         for number, batch in enumerate(progress_bar(batches, f"measuring {len(sites)} site(s)", progress, unit="batch"), 1):
             digest.update(batch.input_ids.numpy().tobytes() + batch.documents.numpy().tobytes())
             documents.update(batch.documents.tolist())
-            if run.m is None: run.start(batch)
             if number > done: run(batch)
             if number == done and digest.hexdigest() != run.m.digest: raise ValueError(f"{checkpoint} was made with another text or tokenizer. Fix: choose another checkpoint, or delete it")
             if number > done: run.m.n_batches, run.m.n_documents, run.m.digest = number, len(documents), digest.hexdigest()
             if checkpoint is not None and number > done and time.monotonic() - saved >= save_every: run.m.save(checkpoint); saved = time.monotonic()
-    if run.m is None: raise ValueError(f"no text for shard {tuple(shard)}: it has no document")
+    if number == 0: raise ValueError(f"no text for shard {tuple(shard)}: it has no document")
     if run.m.n_batches > number: raise ValueError(f"{checkpoint} was made with another text, a longer one. Fix: choose another checkpoint, or delete it")
     run.m._types.prune(max_types)
     run.m.finished = True

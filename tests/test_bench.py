@@ -9,10 +9,13 @@ import torch
 from torch.testing import assert_close
 
 from superposition_lc import sae as sae_module
+from superposition_lc import text as text_module
 from superposition_lc.activations import capture
 from superposition_lc.experiments import grokking, toy_models
 from superposition_lc.llc import local_learning_coefficient
+from superposition_lc.entropy import feature_shares
 from superposition_lc.sae import SAEConfig, train_sae
+from superposition_lc.text import measure_text, residual_error, text_batches
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +126,33 @@ def test_what_is_not_installed_is_skipped_loudly(benchmarks, monkeypatch):
     assert json.loads(json.dumps(table)) == table
 
 
+def test_what_is_timed_is_what_measure_text_runs(benchmarks):
+    "The benchmark's batches, taken in, are `measure_text` of its texts; both other sides compute what the pass computes."
+    bench, _ = benchmarks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, saes, texts, settings = bench.reading(32, 4, 1, 2)
+    whole = measure_text(model, bench.Words(), texts, saes, progress=False, **settings)
+    run, seen = text_module._Pass(model, whole.sites, saes, whole.settings, 4000, None), {}
+    with torch.no_grad():
+        for b in text_batches(texts, bench.Words(), **settings):
+            run(b)
+            run.run(b.inputs, b.keep, lambda site, x: seen.setdefault(site, []).append(x.clone()))
+    for site, sums in whole._sums.items():
+        assert torch.equal(sums.shares[0].shares, run.m._sums[site].shares[0].shares)
+        assert_close(sums.shares[0].shares, feature_shares(saes[site].encode(torch.cat(seen[site]))))
+    table = whole.measurement().table
+    assert residual_error(model, dict(input_ids=torch.arange(40).view(2, 20))) < 1e-5
+    assert (table.fvu < .3).all() and (table.l0 > .02 * table.n_features).all()
+
+
 def test_table_is_whole(benchmarks, quick, capsys):
     "One line a figure, numbers that are numbers, and where they come from."
     bench, _ = benchmarks
     names = [t["name"] for t in quick["table"]]
     assert len(set(names)) == len(names)
     assert {"sae_step", "toy_step", "capture", "llc", "peak_4096", "peak_32768", "figure_3a", *(f"slope_{a}" for a in "DNBKS")} <= set(names)
+    assert {"sae_step", "toy_step", "capture", "text_pass", "text_pass_small", "peak_4096", "peak_32768", "figure_3a", *(f"slope_{a}" for a in "DNBKS")} <= set(names)
     for t in quick["table"]:
         if t["name"].startswith("llc") and "skipped" in t: continue  # needs devinterp
         assert math.isfinite(t["value"]) and t["low"] <= t["value"] <= t["high"]

@@ -286,6 +286,13 @@ def test_parts_merge_to_the_whole(model, saes, whole, tmp_path, n):
     assert m.n_documents == 20
 
 
+def test_a_text_without_samples_between_others(model, saes, whole):
+    "Special tokens alone are given to the network and counted nowhere."
+    m = measure_text(model, Words(), texts() + ["<end> <end>"], saes, **SETTINGS | dict(batch_size=1, test_every=1))
+    n = whole.measurement().table.n_samples
+    assert m.measurement().table.n_samples.tolist() == n.tolist() and m._sums["embed"].sums["n"].sum() == m._sums["embed"].sums["tested"].sum()
+
+
 def test_padding_changes_nothing_but_rounding(model, saes, whole):
     lone = measure_text(model, Words(), texts(), saes, **SETTINGS | dict(batch_size=1, test_every=1)).measurement().per_seed
     assert lone.l0.tolist() == pytest.approx(whole.measurement().per_seed.l0.tolist(), rel=1e-3)
@@ -382,7 +389,7 @@ def test_at_the_end_f_is_withheld(model, saes):
     alike, poor = random_sae(), random_sae()
     alike.weight.data.zero_(); alike.bias.data.fill_(.001)
     poor.weight.data *= 2
-    table = measure_text(model, Words(), texts(), {"embed": alike, "attn_out_layer0": poor}, **SETTINGS).measurement().table.set_index("layer")
+    table = measure_text(model, Words(), texts(), {"embed": alike, "attn_out_layer0": poor}, **SETTINGS | dict(test_every=9)).measurement().table.set_index("layer")
     assert "F equals D" in table.warning["embed"] and "less than the mean" in table.warning["attn_out_layer0"]
     assert table[["effective_features", "low", "high", "superposition"]].isna().all(axis=None)
 
@@ -476,16 +483,67 @@ def test_the_run_is_seeded(table):
     assert other.seed.unique().tolist() == [1] and other.fvu[0] != table.fvu[0]
 
 
-def test_a_killed_run_goes_on(table, tmp_path, monkeypatch):
-    config, calls = dataclasses.replace(TINY, checkpoint=str(tmp_path / "c")), []
-    def measured(*args, **kwargs):
-        calls.append(kwargs["checkpoint"].name)
-        if len(calls) == 2: raise Kill
-        return measure_text(*args, **kwargs)
-    monkeypatch.setattr(language, "measure_text", measured)
-    with pytest.raises(Kill): run(config, progress=False)
-    pd.testing.assert_frame_equal(run(config, progress=False), table)
-    assert calls == ["trained-0.safetensors", "untrained-0.safetensors"] * 2
+STEPS = "train_language_model", "train_site_saes", "measure_text", "train_site_saes", "measure_text"  # of a run of one seed with its control
+
+
+def counted(monkeypatch, die_at=99):
+    "Names of the dear steps as they are done; the `die_at`-th is done, but dies before anybody has its result."
+    calls = []
+    def watch(name, step):
+        def call(*args, **kwargs):
+            calls.append(name)
+            result = step(*args, **kwargs)
+            if len(calls) == die_at: raise Kill
+            return result
+        monkeypatch.setattr(language, name, call)
+    for name in set(STEPS): watch(name, {"measure_text": measure_text}.get(name) or getattr(language, name))
+    return calls
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_killed_run_goes_on(table, tmp_path, monkeypatch, at):
+    "What was finished is not done again, what was under way is, and the table is the same."
+    with monkeypatch.context() as first:
+        done = counted(first, at)
+        with pytest.raises(Kill): run(TINY, progress=False, store=tmp_path)
+    assert done == list(STEPS[:at])
+    with monkeypatch.context() as second:
+        done = counted(second)
+        pd.testing.assert_frame_equal(run(TINY, progress=False, store=tmp_path), table, check_exact=True)
+    again = {1: STEPS, 2: STEPS[1:], 3: STEPS[2:], 4: STEPS[2:], 5: ("measure_text", "measure_text")}[at]
+    assert done == list(again)
+    assert not [p for p in tmp_path.rglob(".*")], "nothing half-written stays"
+
+
+def test_what_another_run_kept_is_not_taken(table, tmp_path):
+    run(TINY, progress=False, store=tmp_path)
+    other = dataclasses.replace(TINY, lr=1e-2)
+    pd.testing.assert_frame_equal(run(other, progress=False, store=tmp_path), run(other, progress=False))
+    assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / "t.txt").write_text(Path(TINY.text).read_text(encoding="utf-8") + "\n\nMore.", encoding="utf-8")
+    more = dataclasses.replace(TINY, text=str(tmp_path / "t.txt"))
+    names = [language._folder(tmp_path, more, "trained", list(read_texts(more.text)))]
+    (tmp_path / "t.txt").write_text("Another text.", encoding="utf-8")
+    assert language._folder(tmp_path, more, "trained", list(read_texts(more.text))) not in names
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "saes/sites.json", "saes/embed.safetensors", "pass.safetensors"])
+def test_a_damaged_part_is_named(tmp_path, name):
+    run(TINY, progress=False, store=tmp_path)
+    path = next(tmp_path.glob("trained*")) / name
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="(damaged|not a readable)"): run(TINY, progress=False, store=tmp_path)
+
+
+def test_tamed_autoencoders_are_kept(tmp_path):
+    "Bit for bit, with the map before them."
+    x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 40 * x[:, 3] + 7
+    saes = dict(embed=random_sae(), mlp_out_layer0=Tamed(random_sae(1), tame(x)))
+    language._keep_saes(tmp_path / "saes", saes, dict(embed=[True, False], mlp_out_layer0=[True, True]))
+    read, converged = language._kept_saes(tmp_path, None, None, None, None, False)
+    assert converged["embed"] == [True, False] and {n: module._fingerprint(s) for n, s in read.items()} == {n: module._fingerprint(s) for n, s in saes.items()}
+    assert torch.equal(read["mlp_out_layer0"].taming(x), saes["mlp_out_layer0"].taming(x)) and read["mlp_out_layer0"].taming.neurons == (3,)
 
 
 def test_report_writes_figures_and_reads_a_table_from_disk(table, tmp_path):

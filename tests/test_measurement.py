@@ -174,7 +174,7 @@ def test_a_diverged_seed_is_reported_and_the_other_layers_kept(monkeypatch, tmp_
 def test_one_seed_in_which_nothing_fires_is_not_passed_over():
     "The mean of 10, 12 and nothing is no measurement, and certainly not one without an error."
     rows = [GOOD | dict(effective_features=F, fvu=fvu) for F, fvu in [(10., .1), (0., 1.), (12., .1)]]
-    row = module._layer_row(rows, .95)
+    row = module.layer_row(rows, .95)
     assert row["warning"] != "" and not row["low"] == row["effective_features"] == row["high"]
 
 

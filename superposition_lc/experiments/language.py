@@ -9,20 +9,25 @@ __all__ = ['PUBLISHED', 'PUBLISHED_L0', 'PUBLISHED_ALIVE', 'PUBLISHED_WIDTH', 'S
            'figure_dimensions', 'reading', 'report', 'comparison']
 
 # %% ../../nbs/experiments/12_language.ipynb #8bab7777
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from ..activations import capture
-from ..geometry import tame
+from ..cells import cell_key
+from ..geometry import Taming, tame
 from ..plotting import COLOURS, axes, figure, interval_plot
 from ..pretrained import load_sae
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar
-from ..sae import SAEConfig, train_sae
+from ..runs import atomic_path, progress_bar, provenance
+from ..sae import SAEConfig, SparseAutoencoder, train_sae
 from ..text import KINDS, Tamed, find_sites, load_language_model, measure_text, need_transformers, read_texts, text_batches
 
 # %% ../../nbs/experiments/12_language.ipynb #cbb19c9e
@@ -60,7 +65,9 @@ def train_tokenizer(documents:list, vocab:int): # a transformers tokenizer
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<|endoftext|>"], show_progress=False,
                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return need_transformers().PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return _as_tokenizer(bpe)
+
+def _as_tokenizer(bpe): return need_transformers().PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 def make_model(config, vocab:int)->nn.Module: # GPTNeoXForCausalLM with random weights
     "A network of Pythia's architecture at the config's size."
@@ -70,6 +77,7 @@ def make_model(config, vocab:int)->nn.Module: # GPTNeoXForCausalLM with random w
         return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(vocab_size=vocab, hidden_size=config.width, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
             intermediate_size=4 * config.width, max_position_embeddings=config.context, bos_token_id=0, eos_token_id=0)).eval()
 
+# %% ../../nbs/experiments/12_language.ipynb #5dca1ae1
 def train_language_model(config,              # a LanguageConfig
                          documents:list,      # strings
                          progress:bool=True)->tuple: # model, tokenizer, {loss, unigram: nats a token}
@@ -122,7 +130,6 @@ class LanguageConfig:
     n_seeds: int = 2           # models trained here, or orders of a streamed text
     seeds: tuple = ()          # instead of the last two
     control: bool = True       # also a network that was not trained
-    checkpoint: str = ""       # folder to go on from; "": none
 
     def __post_init__(self): _check_config(self)
 
@@ -141,7 +148,7 @@ SCALES = dict(
                          estimator=SAEConfig(kind="relu", expansion=4, steps=100, max_rounds=2), n_groups=20, n_seeds=1),
     laptop=LanguageConfig(),
     paper=LanguageConfig(model="EleutherAI/pythia-70m-deduped", saes="saprmarks/pythia-70m-deduped-saes", text="datasets:monology/pile-uncopyrighted",
-                         max_tokens=512, windows=1, max_documents=20_000, n_groups=200, seeds=(42, 123, 456), control=False, checkpoint="language-paper-checkpoints"))
+                         max_tokens=512, windows=1, max_documents=20_000, n_groups=200, seeds=(42, 123, 456), control=False))
 
 # %% ../../nbs/experiments/12_language.ipynb #49e31595
 def load_site_saes(model:nn.Module, path:str, folder:str)->dict: # {site: PretrainedSAE}
@@ -174,22 +181,70 @@ def _limited(batches, samples, factor=8):
         yield b.inputs
         if (seen := seen + int(b.keep.sum())) >= factor * samples: return
 
+# %% ../../nbs/experiments/12_language.ipynb #b3a1c0df
+def _folder(store, config, network, documents):
+    "Where the parts of a network's run are kept, named by all that decides them; None: nowhere."
+    if store is None: return None
+    text = hashlib.sha256("\0".join(documents).encode()).hexdigest() if isinstance(documents, list) else config.text
+    return Path(store) / f"{network}-{config.seed}-{cell_key(run, config, json.dumps([network, text, provenance()['versions']]))[:12]}"
+
+def _kept_network(folder, config, documents, progress):
+    "`train_language_model`, or what it gave before."
+    path = folder and folder / "network.safetensors"
+    if path is None or not path.exists():
+        model, tokenizer, scores = train_language_model(config, documents, progress)
+        if path is not None:
+            about = dict(tokenizer=tokenizer.backend_tokenizer.to_str(), scores=json.dumps(scores))
+            with atomic_path(path) as p: save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, p, metadata=about)
+        return model, tokenizer, scores
+    from tokenizers import Tokenizer
+    try:
+        with safe_open(path, framework="pt") as f: about, state = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        tokenizer = _as_tokenizer(Tokenizer.from_str(about["tokenizer"]))
+        (model := make_model(config, len(tokenizer))).load_state_dict(state)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as e: raise ValueError(f"{path} is damaged, delete it: {e}") from None
+    return model, tokenizer, json.loads(about["scores"])
+
+# %% ../../nbs/experiments/12_language.ipynb #b3a1c0e0
+def _kept_saes(folder, model, tokenizer, documents, config, progress):
+    "`train_site_saes`, or what it gave before; `sites.json`, which holds what is beside the weights, is written last."
+    if folder is None or not (path := folder / "saes" / "sites.json").exists():
+        saes, converged = train_site_saes(model, tokenizer, documents, config, progress)
+        if folder is not None: _keep_saes(folder / "saes", saes, converged)
+        return saes, converged
+    try:
+        saes, kept = {}, json.loads(path.read_text())
+        for name, taming in kept["tamings"].items():
+            sae = SparseAutoencoder.load(path.with_name(f"{name}.safetensors"))
+            saes[name] = sae if taming is None else Tamed(sae, Taming(*(torch.tensor(v, dtype=torch.float64) for v in taming[:3]), tuple(taming[3])))
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as e: raise ValueError(f"{path} or an autoencoder beside it is damaged, delete it: {e}") from None
+    return saes, kept["converged"]
+
+def _keep_saes(folder, saes, converged):
+    parts = {name: s if isinstance(s, Tamed) else Tamed(s, None) for name, s in saes.items()}
+    as_lists = lambda f: f and [f.shift.tolist(), f.divisor.tolist(), f.limit.tolist(), f.neurons]
+    for name, s in parts.items(): s.sae.save(folder / f"{name}.safetensors")
+    with atomic_path(folder / "sites.json") as p: p.write_text(json.dumps(dict(tamings={name: as_lists(s.taming) for name, s in parts.items()}, converged=converged)))
+
 # %% ../../nbs/experiments/12_language.ipynb #54a8fe48
-def run(config:LanguageConfig=LanguageConfig(), progress:bool=True)->pd.DataFrame: # tidy; see above
+def run(config:LanguageConfig=LanguageConfig(),
+        progress:bool=True,
+        store:str|Path|None=None,  # folder to keep networks, autoencoders and passes in, and to go on from; None: nothing is kept
+       )->pd.DataFrame:            # tidy; see above
     "Every site of every network in one pass over the text each (Section 6.4)."
     need_transformers()
     tables = []
     for seed in config.seeds or range(config.seed, config.seed + config.n_seeds):
         for network in ["trained"] + ["untrained"] * (config.control and seed == (*config.seeds, config.seed)[0]):
-            tables.append(_measured(replace(config, seed=seed), network, progress).assign(network=network, seed=seed))
+            tables.append(_measured(replace(config, seed=seed), network, progress, store).assign(network=network, seed=seed))
     first = ["part", "network", "seed", "layer", "kind", "depth"]
     t = pd.concat(tables, ignore_index=True)
     return t[first + [c for c in t if c not in first]]
 
-def _network(config, network, documents, progress):
+def _network(config, network, documents, progress, folder):
     "Model, tokenizer and scores."
     if not config.model:
-        if network == "trained": return train_language_model(config, documents, progress)
+        if network == "trained": return _kept_network(folder, config, documents, progress)
         tokenizer = train_tokenizer(documents, config.vocab)
         return make_model(config, len(tokenizer)), tokenizer, {}
     model, tokenizer = load_language_model(config.model)
@@ -198,14 +253,14 @@ def _network(config, network, documents, progress):
         torch.manual_seed(config.seed)
         return type(model)(model.config).eval(), tokenizer, {}
 
-def _measured(config, network, progress):
+def _measured(config, network, progress, store):
     "Rows of one network."
     documents = load_text(config.text, config.seed)
-    model, tokenizer, scores = _network(config, network, documents, progress)
-    saes, converged = (load_site_saes(model, config.saes, config.sae_folder), {}) if config.saes else train_site_saes(model, tokenizer, documents, config, progress)
-    place = Path(config.checkpoint) / f"{network}-{config.seed}.safetensors" if config.checkpoint else None
+    folder = _folder(store, config, network, documents)
+    model, tokenizer, scores = _network(config, network, documents, progress, folder)
+    saes, converged = (load_site_saes(model, config.saes, config.sae_folder), {}) if config.saes else _kept_saes(folder, model, tokenizer, documents, config, progress)
     m = measure_text(model, tokenizer, documents, saes, max_tokens=config.max_tokens, windows=config.windows, batch_size=config.batch_size,
-                     max_documents=config.max_documents, n_groups=config.n_groups, checkpoint=place, progress=progress)
+                     max_documents=config.max_documents, n_groups=config.n_groups, checkpoint=folder and folder / "pass.safetensors", progress=progress)
     sites = m.measurement(converged=converged).table.merge(m.dimensions().drop(columns=["kind", "depth"]), on="layer")
     c = m.curve()
     curve = c.groupby(["layer", "kind", "depth", "n_documents", "n_samples"], sort=False)[["effective_features", "low", "high"]].mean().reset_index()
