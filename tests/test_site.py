@@ -188,9 +188,8 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
 def test_search_finds_a_symbol(browser, url):
     "Offline, with what the site carries."
     browser.get(f"{url}search.html?q=effective_features")
-    found = wait(browser, "[...document.querySelectorAll('#search-results li a')].map(a => a.href)")
-    assert any("core/entropy.html" in href for href in found), found
-    browser.get(next(href for href in found if "core/entropy.html" in href))
+    results = "[...document.querySelectorAll('#search-results li a')].map(a => a.href)"  # they come one by one
+    browser.get(wait(browser, f"{results}.find(href => href.includes('core/entropy.html'))"))
     assert wait(browser, "document.querySelector('h1') && document.body.innerText.includes('effective_features')")
 
 
