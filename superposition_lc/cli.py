@@ -259,7 +259,7 @@ def _listing(args, out):
     def line(name, module):
         about = provenance(config=_plain(replace(module.SCALES[args.scale], seed=args.seed)))
         figures = [number for number, (of, _) in FIGURES.items() if of == name]
-        return f"{name:12} {'Figures ' + ', '.join(figures) if figures else '':20} {_subtitle(name)}" + (f" (finished in {out/name})" if _finished(out/name, about) else "")
+        return f"{name:12} {'Figure' + 's' * (len(figures) > 1) + ' ' + ', '.join(figures) if figures else '':20} {_subtitle(name)}" + (f" (finished in {out/name})" if _finished(out/name, about) else "")
     return "\n".join(line(n, m) for n, m in EXPERIMENTS.items())
 
 def _summary(report, out):
