@@ -123,7 +123,7 @@ def load_language_model(name:str|Path,              # folder, or Hugging Face "o
         raise ValueError(f"{tokenizer or name} holds no tokenizer ({type(e).__name__}). Fix: tokenizer=, the folder or name of the model that this one was trained with") from None
     if set(words.get_vocab()) <= set(words.all_special_tokens): raise ValueError(f"{tokenizer or name}: the tokenizer there is empty, so there is no tokenizer. Fix: tokenizer=, the folder or name of the model that this one was trained with")
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    try: model = kind.from_pretrained(name, revision=revision, use_safetensors=True, dtype=torch.float32)
+    try: model = kind.from_pretrained(name, revision=revision, use_safetensors=True).float()
     except OSError as e: raise ValueError(f"{name}: no weights as safetensors: {str(e).splitlines()[0]}") from None
     if len(words) > model.get_input_embeddings().num_embeddings: raise ValueError(f"{tokenizer or name}: the tokenizer has {len(words)} tokens, the model {model.get_input_embeddings().num_embeddings}: they do not belong together")
     return model.eval(), words

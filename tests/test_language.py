@@ -446,6 +446,14 @@ def test_from_disk_with_published_formats(model, tokenizer, tmp_path):
     assert a.l0.tolist() == b.l0.tolist() and a.fvu.tolist() == pytest.approx(b.fvu.tolist(), rel=1e-5)
 
 
+def test_weights_in_half_precision_run_in_single(tokenizer, tmp_path):
+    "Whatever a version of transformers makes of the stored type."
+    neox().half().save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    net, _ = load_language_model(tmp_path)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert torch.equal(net.gpt_neox.embed_in.weight, neox().gpt_neox.embed_in.weight.half().float())
+
+
 def test_what_is_no_model_is_refused(model, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no transformers model"): load_language_model(tmp_path)
     model.save_pretrained(tmp_path / "m")
