@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from superposition_lc import text as module
-from superposition_lc.activations import hooks
+from superposition_lc.activations import hooks, sample_keys
 from superposition_lc.entropy import ShareAccumulator
 from superposition_lc.geometry import tame
 from superposition_lc.pretrained import export_sae, load_sae
@@ -298,6 +298,19 @@ def test_padding_changes_nothing_but_rounding(model, saes, whole):
     assert lone.l0.tolist() == pytest.approx(whole.measurement().per_seed.l0.tolist(), rel=1e-3)
 
 
+def test_an_encoder_does_not_see_the_padding():
+    "Attention to both sides: a text beside a longer one gives the codes that it gives alone."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=.3)).eval()
+    sae = random_sae()
+    sae.scale.fill_(1.)
+    measured = lambda size: measure_text(net, Words(True), texts(), {"resid_out_layer1": sae}, **SETTINGS | dict(batch_size=size))._sums["resid_out_layer1"]
+    together, alone = measured(3), measured(1)
+    assert torch.allclose(together.sums["first"], alone.sums["first"], atol=1e-3) and together.sums["n"].tolist() == alone.sums["n"].tolist()
+    for a, b in zip(together.shares, alone.shares): assert torch.allclose(a.shares, b.shares, rtol=1e-3, atol=1e-6)
+
+
 def test_the_network_is_left_as_it_was(model, saes):
     model.train()
     state, flags = torch.get_rng_state(), [m.training for m in model.modules()]
@@ -323,6 +336,22 @@ def test_one_occurrence_of_each_type(model, saes, whole):
     assert len(few._types.types) == 15 and torch.equal(few._types.values["embed"], table[few._types.types.tolist()])
     parts = [measure_text(model, Words(), texts(), saes, max_types=15, shard=(i, 2), **SETTINGS) for i in range(2)]
     same(parts[0].merge(parts[1]), few)
+
+
+@pytest.mark.parametrize("cap", [5, 4000])
+def test_the_occurrence_kept_is_the_one_with_the_lowest_key(model, saes, cap):
+    "Of the types with the lowest hashes; found by hand among all tokens of the text."
+    at, seen = {}, {}
+    for b in text_batches(texts(), Words(), 12, 3, 3, 7):
+        with hooks({"x": model.gpt_neox.layers[1]}, lambda n, m, out: seen.update(x=out[0] if isinstance(out, tuple) else out)), torch.no_grad(): model(**b.inputs)
+        for row, column in b.keep.nonzero().tolist():
+            key = sample_keys(np.array([b.documents[row]]), np.array([b.starts[row] + column]), 0)[0]
+            token = b.input_ids[row, column].item()
+            if token not in at or key < at[token][0]: at[token] = key, seen["x"][row, column]
+    kept = sorted(at, key=lambda t: module._type_hashes(np.array([t]))[0])[:cap]
+    types = measure_text(model, Words(), texts(), saes, max_types=cap, **SETTINGS)._types
+    assert sorted(types.types.tolist()) == sorted(kept)
+    for t, x in zip(types.types.tolist(), types.values["resid_out_layer1"]): assert torch.allclose(x, at[t][1], atol=1e-5)
 
 
 def test_outliers_of_a_site_are_reported(saes):
