@@ -15,6 +15,7 @@ from superposition_lc.entropy import hill_number
 from superposition_lc.experiments.grokking import (
     DROP, PUBLISHED, SCALES, GrokkingConfig, TwoPathMLP, correlation_summary, correlations, evaluate, figure_6b, figure_scale,
     grokking_gradients, pairs, phases, reading, report, run, summary, train_networks)
+from superposition_lc.llc import local_learning_coefficient
 from superposition_lc.sae import train_sae
 
 replace = dataclasses.replace
@@ -156,6 +157,17 @@ def test_features_are_those_of_an_autoencoder_of_its_own(trained, table):
     assert train_sae(10 * h[2], raw, [0], progress=False).table.effective_features[0] != pytest.approx(rows.effective_features["raw"], rel=1e-3)
 
 
+def test_coefficient_is_that_of_the_training_pairs_at_the_stated_setting(trained, table):
+    "Of a seed that is not the first; it moves when the spring or the pairs are others."
+    (x, y), rows, own = pairs(TINY.p), trained.train[1], {n: p[1] for n, p in trained.parameters.items()}
+    setting = dict(lr=TINY.llc_lr, nbeta=TINY.llc_nbeta, localization=TINY.llc_localization, chains=TINY.llc_chains, draws=TINY.llc_draws, batch_size=TINY.batch_size, seed=TINY.seed)
+    llc = lambda some, **other: local_learning_coefficient(TwoPathMLP(TINY.p, TINY.embed, TINY.width), x[some], y[some], own, **setting | other, progress=False).table.llc.to_numpy()
+    found = table[(table.seed == 1) & (table.estimator == "raw")].llc.to_numpy()
+    assert found == pytest.approx(llc(rows), rel=1e-3)
+    for other in (llc(rows, localization=1.), llc(rows, nbeta=1.), llc(torch.arange(121))):
+        assert abs(other / found - 1).min() > .01
+
+
 # --- phases and correlations on tables made up so that the answer is known
 
 def curve(seed=0, test=(0,) * 6 + (.6, .7) + (.95,) * 4, features=(50,) + (100,) * 7 + (80,) * 4, estimator="raw", **more):
@@ -169,6 +181,13 @@ def test_phases_of_a_known_curve():
     p = phases(curve()).iloc[0]
     assert (p.memorised, p.onset, p.generalised, p.f_memorising, p.f_after, p.ratio) == (200, 700, 900, 100, 80, .8)
     assert (p.llc_peak, p.llc_end) == (40, 20)
+
+
+@pytest.mark.parametrize("test, features", [
+    ((0,) * 3 + (.6,) + (.95,) * 8, (50, 100, 100, 90) + (80,) * 8),       # a long time after: it must not count as before
+    ((0,) * 6 + (.6, .7, .7, .8) + (.95,) * 2, (50,) + (100,) * 5 + (95,) * 4 + (80,) * 2)])  # a long transition: it counts as neither
+def test_phases_hold_their_own_checkpoints_only(test, features):
+    assert phases(curve(test=test, features=features))[["f_memorising", "f_after"]].values.tolist() == [[100, 80]]
 
 
 def test_a_network_that_never_generalises_is_asked_at_the_same_age():
