@@ -197,6 +197,30 @@ def text_pass(r: Run) -> list[dict]:
     return found
 
 
+def adversarial_step(r: Run) -> list[dict]:
+    "A training step against PGD: over one with torchattacks' own call, and over the floor, as many clean steps as the attack has."
+    from torchattacks import PGD
+    from superposition_lc.experiments.adversarial import AdversarialConfig, robust_loss
+    k, eps, B, ce, found = 3 if r.quick else 10, .1, 64 if r.quick else 256, nn.functional.cross_entropy, []
+    config = AdversarialConfig(attack_steps=k)
+    for name, what, model in [("mlp", "perceptron of 128", nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))),
+                              ("cnn", "16 channels of 5 x 5", nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 196, 10)))]:
+        x, y = torch.rand(B, 1, 28, 28), torch.randint(10, (B,))
+        sgd = torch.optim.SGD(model.parameters(), 0.)
+        def step(loss):
+            sgd.zero_grad()
+            loss().backward()
+            sgd.step()
+        def theirs(): return .5 * ce(model(x), y) + .5 * ce(model(PGD(model, eps=eps, alpha=2.5 * eps / k, steps=k)(x, y)), y)
+        def floor():
+            for _ in range(k): step(lambda: ce(model(x), y))
+        s = r.rounds({"torchattacks": lambda: step(theirs), "ours": lambda: step(lambda: robust_loss(model, x, y, eps, config)), "floor": floor}, 7)
+        what = f"adversarial step, {what}, PGD-{k}, batch {B}, one core"
+        found.append(row(f"adversarial_{name}", what, "of torchattacks' time", s.ours / s.torchattacks, **s.median()))
+        found.append(row(f"adversarial_{name}_floor", what + f", over {k} clean steps", "of the floor", s.ours / s.floor, **s.median()))
+    return found
+
+
 # --- against the machine
 
 def peak_sides(N: int, D: int, B: int, quick: bool) -> tuple[dict, dict]:
@@ -281,7 +305,7 @@ def figure_3a(r: Run) -> list[dict]:
     return [row("figure_3a", what, "seconds", [whole + parts["figure"]], 60, 20, at_most=True, **parts)]
 
 
-BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, text=text_pass, peak=of_peak, growth=growth, llc=learning_coefficient, figure_3a=figure_3a)
+BENCHES = dict(sae_step=sae_step, toy_step=toy_step, capture=capturing, adversarial=adversarial_step, text=text_pass, peak=of_peak, growth=growth, llc=learning_coefficient, figure_3a=figure_3a)
 
 
 def show(table: list[dict]) -> str:
