@@ -512,3 +512,13 @@ def test_processes_and_a_cluster_that_loses_a_worker_give_the_same(table, tmp_pa
         thread.join(10)
     pd.testing.assert_frame_equal(found, table, check_exact=True)
     assert killed and killed[0] < 4 and len(list(store.glob("*.json"))) == 4
+
+
+def joined(cell, sign, word="-"): return f"{word}{sign}{cell.n}"
+
+
+def test_what_is_given_beside_the_cell_is_not_in_its_key(tmp_path):
+    first = run_cells(joined, [Number(1), Number(2)], tmp_path, progress=False, given=dict(sign="+", word="a"))
+    again = run_cells(joined, [Number(1), Number(2)], tmp_path, progress=False, given=dict(sign="?"))
+    assert first.values == again.values == ["a+1", "a+2"] and (first.found, again.found) == (0, 2)
+    assert run_cells(joined, [Number(1), Number(2)], n_jobs=2, progress=False, given=dict(sign="+", word="a")).values == first.values
