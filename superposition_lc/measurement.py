@@ -24,7 +24,7 @@ from .entropy import ShareAccumulator, combine_seeds, estimate_columns
 from .geometry import outlier_warning
 from .plotting import COLOURS, axes, interval_plot
 from .runs import atomic_path, provenance
-from .sae import DENSE, SAEConfig, _check_stack, sae_quality, train_sae
+from .sae import DENSE, SAEConfig, check_stack, sae_quality, train_sae
 
 # %% ../nbs/core/07_measurement.ipynb #9cd8bba4
 POOR, FULL = 0.5, 0.8  # limits of FVU and F/D beyond which a row is flagged; that of L0/N is `DENSE`
@@ -153,7 +153,7 @@ def measure_activations(x:Tensor|Activations|Mapping, # (S, N) float activations
                         store:str|Path|None=None,     # folder that keeps finished layers, from which a run that was killed goes on
                        )->Measurement:
     "Superposition of activations (Eqs. 6-8), one row a layer; ValueError for activations that cannot be measured."
-    layers, (_, seeds) = named_activations(x), _check_stack(config, seeds)
+    layers, (_, seeds) = named_activations(x), check_stack(config, seeds)
     rows = _keep(layers, config, seeds, level, progress, store) if store else _train(layers, config, seeds, level, progress)
     settings = provenance(estimator=asdict(config), seeds=sorted(seeds), level=level)
     return Measurement(pd.DataFrame([layer_row(rows[n], level, outlier_warning(a.values)) for n, a in layers.items()]),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DENSE', 'SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradients', 'sae_quality', 'check_activations',
-           'TrainedSAE', 'train_sae']
+           'TrainedSAE', 'check_stack', 'train_sae']
 
 # %% ../nbs/core/05_sae.ipynb #d42812a1
 import json
@@ -511,7 +511,7 @@ class TrainedSAE:
     table: pd.DataFrame    # data, l1, seed, n_steps, effective_features, l0, fvu, dead_fraction, converged
     history: pd.DataFrame  # of the rounds: data, l1, seed, step, loss, effective_features, l0, fvu, dead_fraction
 
-def _check_stack(config, seeds):
+def check_stack(config, seeds):
     "The stack's settings and seeds as lists; settings may differ in l1 only."
     configs = [config] if isinstance(config, SAEConfig) else list(config)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -529,7 +529,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
               progress:bool=True,         # a bar after two seconds
              )->TrainedSAE:               # the stack, in order data set, setting, seed
     "Train an autoencoder for every data set, setting and seed, as one stack (Section 3.2; ValueError: bad input)."
-    configs, seeds = _check_stack(config, seeds)
+    configs, seeds = check_stack(config, seeds)
     raw = check_activations(activations)
     raw = raw if raw.ndim == 3 else raw[None]
     c, n = configs[0], raw.shape[-1]
