@@ -117,8 +117,10 @@ def build(out: Path) -> int:
         site, pages = Path(tmp) / "pages", notebooks()
         for path in pages:
             Page(path, site).write(sidebar(pages) if path.parent == CFG.nbs_path else "")
+        made = Path(tmp) / "site"  # not `out` itself: images are kept beside the folder as well
+        status = sphinx(["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", f"{tmp}/trees", str(site), str(made)])
         shutil.rmtree(out, ignore_errors=True)
-        status = sphinx(["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", f"{tmp}/trees", str(site), str(out)])
+        shutil.copytree(made, out)
     bundle_mathjax(out / "_static")
     (out / ".nojekyll").touch()  # GitHub Pages hides folders that start with an underscore otherwise
     return status
