@@ -22,7 +22,7 @@ from torch import nn
 from superposition_lc import (Measurement, RateDistortion, SAEConfig, ShareAccumulator, SparseAutoencoder, effective_features, export_sae, feature_shares, hill_number, load_dataset,
                               load_sae, measure, measure_activations, merge_split_features, planted_activations, rate_distortion, recurring_features)
 from superposition_lc import cli
-from superposition_lc.cells import run_cells
+from superposition_lc.cells import FailedCells, run_cells
 from superposition_lc.data import read_idx
 from superposition_lc.experiments import adversarial, algorithmic, grokking, parity, toy_models
 from superposition_lc.experiments.adversarial import AdversarialConfig
@@ -305,7 +305,7 @@ ABSURD = 1e30
     lambda: parity.run(replace(parity.SCALES["smoke"], lr=ABSURD, epochs=1, scaling_seeds=1, widths=()), False)], ids=["adversarial", "grokking", "toy models", "parity"])
 def test_a_network_that_diverges_is_refused_where_it_is_measured(run):
     "No table is made of NaN; the message says what was found."
-    with pytest.raises(ValueError, match="NaN or infinite"): run()
+    with pytest.raises((ValueError, FailedCells), match="NaN or infinite"): run()
 
 
 def test_a_network_that_diverges_costs_no_other_experiment(tmp_path, monkeypatch, capsys):

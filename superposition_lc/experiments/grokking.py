@@ -168,6 +168,7 @@ def evaluate(parameters:dict,  # {name: (T, ...)} checkpoints of one network
     right, loss = (logp.argmax(-1) == y).double(), -logp.gather(2, y.expand(len(h), -1)[..., None])[..., 0].double()
     test = torch.ones(len(x), dtype=torch.bool).index_fill_(0, train, False)
     h = h[:, train]
+    if not h.isfinite().all(): raise ValueError(f"hidden activations hold {int((~h.isfinite()).sum())} NaN or infinite values: the network diverged, lower lr")
     spectrum = torch.linalg.eigvalsh(torch.stack([c.T.cov() for c in h.double()])).clamp_min(0)
     shares = spectrum / spectrum.sum(-1, keepdim=True)
     table = dict(train_accuracy=right[:, train].mean(1), test_accuracy=right[:, test].mean(1), train_loss=loss[:, train].mean(1), test_loss=loss[:, test].mean(1),
