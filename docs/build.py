@@ -11,7 +11,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from sphinx.cmd.build import main as sphinx
 
-from reader import BADGE, BLOB, CFG, ROOT, SITE, code, load, notebooks, options, outputs, page, relink, slug
+from reader import BADGE, BLOB, CFG, ROOT, SITE, alt, code, load, notebooks, options, outputs, page, relink, slug
 
 GROUPS = {"tutorials": "Tutorials", "experiments": "The paper, section by section", "core": "The measure, bottom up", "about": "About"}
 # nbdev's show_doc starts with a rule, a source link and a heading; each gets its place on the page.
@@ -66,7 +66,7 @@ class Page:
         opts, outs = options(cell), outputs(cell)
         tags = ["hide-input"] * bool(opts.keys() & {"export", "exporti"})
         tags += ["remove-input"] * (opts.get("echo") == "false") + ["remove-cell"] * (opts.get("include") == "false")
-        meta = {"tags": tags, "mystnb": {"image": {"alt": cell.alt_}}}
+        meta = {"tags": tags, "mystnb": {"image": {"alt": alt(cell)}}}
         return new_code_cell(code(cell), outputs=[nbformat.from_dict(dict(out)) for out in outs], metadata=meta)
 
     def cell(self, cell):

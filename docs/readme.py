@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urldefrag
 
-from reader import CFG, ROOT, SITE, code, load, options, outputs, page, relink, slug
+from reader import CFG, ROOT, SITE, alt, code, load, options, outputs, page, relink, slug
 
 INDEX = CFG.nbs_path / "index.ipynb"
 FIGURES = "docs/readme"
@@ -55,7 +55,7 @@ def render() -> dict[str, bytes]:
         elif code(cell):
             if options(cell).get("echo") != "false":
                 parts.append(f"```python\n{code(cell)}\n```")
-            parts += [show(out, figures, cell.alt_) for out in outputs(cell)]
+            parts += [show(out, figures, alt(cell)) for out in outputs(cell)]
     return {"README.md": ("\n\n".join(parts) + "\n").encode()} | figures
 
 

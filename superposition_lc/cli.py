@@ -36,13 +36,14 @@ from .sae import SAEConfig
 
 # %% ../nbs/core/09_cli.ipynb #78642c7f
 def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
-    "Two sentences on what a demo's table shows, made from its first layer."
+    "Two sentences on what a demo's table shows, made from its first layer; flagged rows are named."
     t = table[table.layer == table.layer.iloc[0]]
     ends = {k: (rows.loc[rows.eps.idxmin()], rows.loc[rows.eps.idxmax()]) for k, rows in t.groupby("inputs")}
     def change(kind):
         a, b = ends[kind]
         sure = "rises" if b.low > a.high else "falls" if b.high < a.low else "does not clearly change"
-        return f"{sure} from {a.effective_features:.1f} to {b.effective_features:.1f} on {kind} images"
+        flags = ", ".join(dict.fromkeys(f"{r.warning} at radius {r.eps:g}" for r in (a, b) if r.warning))
+        return f"{sure} from {a.effective_features:.1f} to {b.effective_features:.1f} on {kind} images" + f" (flagged, not to be relied on: {flags})" * bool(flags)
     a, b = ends["clean"]
     return (f"Trained against attacks of radius {b.eps:g} instead of none, the network's accuracy under attack (radius 0.1) goes from "
             f"{a.accuracy_common:.2f} to {b.accuracy_common:.2f}, and the number of its effective features {change('clean')}. "

@@ -107,7 +107,7 @@ def test_demo_that_lacks_its_data(folder, capsys, monkeypatch):
 
 def rows(clean, attacked):
     "A table of two radii: ends of the intervals at both, for clean and attacked images."
-    return pd.DataFrame([dict(eps=e, inputs=kind, layer=layer, accuracy_common=.25 + e, effective_features=(lo + hi) / 2 + shift, low=lo + shift, high=hi + shift)
+    return pd.DataFrame([dict(eps=e, inputs=kind, layer=layer, accuracy_common=.25 + e, effective_features=(lo + hi) / 2 + shift, low=lo + shift, high=hi + shift, warning="")
                          for layer, shift in [("relu1", 0), ("relu2", 500)]
                          for kind, spans in [("clean", clean), ("attacked", attacked)] for e, (lo, hi) in zip((.3, 0.), spans[::-1])])
 
@@ -121,6 +121,15 @@ def test_reading(spans, says):
         text = reading(rows(clean, attacked))
         assert f"{says} on {kind} images" in text and "1.5 to 1.5" in text
         assert "radius 0.3 instead of none" in text and "from 0.25 to 0.55" in text
+
+
+def test_reading_names_flagged_rows_of_its_layer_only():
+    table = rows([(10, 20), (21, 30)], [(1, 2), (1, 2)])
+    flag = lambda layer, eps, kind: table.assign(warning=["dense code" if (r.layer, r.eps, r.inputs) == (layer, eps, kind) else "" for r in table.itertuples()])
+    assert "flagged" not in reading(flag("relu2", .3, "clean"))
+    said = reading(flag("relu1", .3, "clean")), reading(flag("relu1", 0., "attacked"))
+    assert "25.5 on clean images (flagged, not to be relied on: dense code at radius 0.3)" in said[0] and said[0].count("flagged") == 1
+    assert "1.5 on attacked images (flagged, not to be relied on: dense code at radius 0)" in said[1] and said[1].count("flagged") == 1
 
 
 def test_text_leaves_out_what_is_not_there():
@@ -146,6 +155,17 @@ def test_measure_prints_only(folder, capsys):
     status, out, err = measured(capsys, "--samples", "100")
     assert status == 0 and "Written" not in out and {p for p in folder.rglob("*") if "__pycache__" not in p.parts} <= before
     assert measured(capsys, "--samples", "100")[1] == out != measured(capsys, "--samples", "100", "--seed", "3")[1]
+
+
+def test_store_keeps_layers(folder, capsys, monkeypatch):
+    "A second run trains nothing; another layer is trained, and without the folder all are."
+    first = measured(capsys, "--samples", "100", "--store", "kept")
+    assert first[0] == 0 and any((folder / "kept").iterdir())
+    def refuse(*args, **kwargs): raise ValueError("trained again")
+    monkeypatch.setattr("superposition_lc.measurement.train_sae", refuse)
+    assert measured(capsys, "--samples", "100", "--store", "kept")[1] == first[1]
+    for again in (measured(capsys, "--samples", "100", "--store", "kept", layers="1"), measured(capsys, "--samples", "100")):
+        assert again[0] == 2 and "trained again" in again[2]
 
 
 def weights(seed=9):
