@@ -315,6 +315,14 @@ def _not_called(model, names, args, kwargs, number):
     return ValueError(f"the forward pass of batch {number} did not call {', '.join(map(repr, names))}. "
                       f"Fix: choose among those it calls: {', '.join(repr(n) for n in seen if n)}")
 
+def _run(model, args, kwargs, number):
+    "A forward pass; what the network does not take is told with the shapes it was given. Lack of memory stays what it is."
+    try: model(*args, **kwargs)
+    except RuntimeError as e:
+        if "out of memory" in str(e): raise
+        given = ", ".join(f"{tuple(v.shape)} {v.dtype}" for v in [*args, *kwargs.values()] if isinstance(v, Tensor))
+        raise ValueError(f"the network failed on batch {number} (inputs {given}): {e}. Fix: pass inputs of the shape and dtype that it takes") from e
+
 # %% ../nbs/core/06_activations.ipynb #23c13257
 def capture(
     model:nn.Module,
@@ -329,7 +337,8 @@ def capture(
     progress:bool=True, # progress bar on anything over two seconds
 )->dict[str, Activations]: # by layer name
     """Activations of any layers of any network, one sample an input, position or token; the network is left as it was.
-    Raises KeyError for an unknown layer, ValueError for NaN, no samples, or a layer not called exactly once a pass."""
+    Raises KeyError for an unknown layer, ValueError for NaN, no samples, inputs that the network
+    does not take, or a layer not called exactly once a pass."""
     for name, value in [("max_samples", max_samples), ("batch_size", batch_size)]:
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
@@ -341,7 +350,7 @@ def capture(
             record.start(n_rows, kwargs.get(mask))
             try:
                 with hooks(record.layers, record):
-                    model(*args, **kwargs)
+                    _run(model, args, kwargs, number)
             except _Stop:
                 pass
             if missing := record.layers.keys() - record.called:

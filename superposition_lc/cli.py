@@ -236,8 +236,7 @@ def _measure(args):
     data = load_dataset(args.data, progress=not args.quiet)
     seeds = range(args.seed, args.seed + args.seeds)
     layers = [name.strip() for name in args.layers.split(",")]
-    try: result = measure(net, data.x_test, layers, seeds=list(seeds), max_samples=args.samples, progress=not args.quiet, store=args.store)
-    except RuntimeError as e: raise ValueError(f"the network failed on {args.data} images of shape {tuple(data.x_test.shape[1:])}: {e}") from None
+    result = measure(net, data.x_test, layers, seeds=list(seeds), max_samples=args.samples, progress=not args.quiet, store=args.store)
     print(as_text(result.table))
     if args.out:
         result.save(args.out)

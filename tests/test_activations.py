@@ -450,13 +450,19 @@ def test_too_large_for_float32():
 def test_hooks_are_removed(mlp):
     capture(mlp, X, ["act", "out"], batch_size=10)
     assert n_hooks(mlp) == 0
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"(?s)batch 1 \(inputs \(\d+, 4\) torch.float32\).*shapes.*Fix"):
         capture(mlp, [X, X[:, :4]], "act")  # the wrong number of inputs
     assert n_hooks(mlp) == 0
     with pytest.raises(KeyboardInterrupt):
         with hooks({"a": mlp.act}, lambda *_: None):
             raise KeyboardInterrupt
     assert n_hooks(mlp) == 0
+
+
+def test_inputs_of_another_type_are_named_and_lack_of_memory_stays_what_it_is(mlp):
+    with pytest.raises(ValueError, match=r"(?s)batch 0 \(inputs .*torch.float16\).*dtype"): capture(mlp, X.half(), "act")
+    def full(x): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="out of memory"): capture(Wrap(full), X, "inner")
 
 
 def test_other_peoples_hooks_stay(mlp):

@@ -271,7 +271,7 @@ def test_layers_with_spaces(capsys):
 
 
 def test_network_that_does_not_take_the_images(capsys):
-    refused(measured(capsys, model="some_nets:large", layers="1"), "digits")
+    refused(measured(capsys, model="some_nets:large", layers="1"), "(256, 1, 8, 8)", "784x8", "Fix")
 
 
 @pytest.mark.parametrize("args", [("--seeds", "0"), ("--seeds", "-2"), ("--samples", "0")])
