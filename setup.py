@@ -10,7 +10,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 extras = {extra: cfg[f"{extra}_requirements"].split() for extra in ("language", "cluster", "llc", "dev")}
-extras["dev"] += extras["language"]
+extras["dev"] += extras["language"] + extras["cluster"]
 # Where the package is listed, links into the repository lead nowhere unless they are whole.
 readme = re.sub(r"\]\((?![a-z]+:|#)", f"]({cfg['git_url']}/raw/{cfg['branch']}/", (root / "README.md").read_text(encoding="utf-8"))
 
