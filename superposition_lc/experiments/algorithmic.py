@@ -502,7 +502,7 @@ class AlgorithmicConfig:
 SCALES = dict(
     smoke=AlgorithmicConfig(("reverse",), (12, 4), n_seeds=1, compress_steps=40, scratch_steps=40, n_sequences=60, default=SAEConfig(steps=30, max_rounds=2, refine_steps=12),
                             released=SAEConfig.released(epochs=3)),
-    laptop=AlgorithmicConfig(widths=(24, 16, 12, 10, 8, 6, 4), compress_steps=1000, scratch_steps=1000, n_sequences=200, released=SAEConfig.released(epochs=200)),
+    laptop=AlgorithmicConfig(widths=(40, 32, 24, 16, 12, 10, 8, 6, 4, 3, 2), compress_steps=1000, scratch_steps=1000, n_sequences=200, released=SAEConfig.released(epochs=200)),
     paper=AlgorithmicConfig())
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #499ac5a2
