@@ -71,7 +71,7 @@ def _normalise(
 def feature_shares(
     codes:Tensor, # (..., D) codes of any sign and real dtype; leading dimensions are samples
 )->Tensor: # (D,) float64, sums to 1
-    """Each feature's share of the total activation budget (Eq. 6).
+    """Each feature's share of the total activation budget (Eq. 6), summed in float64 also for float16, bfloat16 and integer codes.
     Raises ValueError for codes that are empty, all zero, or hold NaN or infinity."""
     codes = _as_codes(codes)
     if codes.numel() == 0: raise ValueError(f"codes are empty, shape {tuple(codes.shape)}: pass at least one sample and one feature")
@@ -244,7 +244,7 @@ class _GroupSums:
         codes:Tensor, # (..., D) codes of any sign and real dtype; a batch may be empty
         clusters:Tensor|None=None, # integer ids, one for each entry of codes' first dimension(s) or one for all; None: every sample is its own cluster
     )->"ShareAccumulator": # itself
-        """Add a batch. Number clusters 0, 1, 2, ... over the whole stream; an id seen before continues its cluster.
+        """Add a batch, in float64 whatever its dtype (float16, bfloat16, integers). Number clusters 0, 1, 2, ... over the whole stream; an id seen before continues its cluster.
         Raises ValueError for NaN, infinity or shapes that do not fit, and then adds nothing."""
         flat, ids = _as_batch(codes, clusters, self.n_features, self.n_samples)
         singles = (ids if clusters is None else ids[:0]).remainder(self.n_groups).bincount(minlength=self.n_groups)
