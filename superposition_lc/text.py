@@ -124,7 +124,8 @@ def load_language_model(name:str|Path,              # folder, or Hugging Face "o
     if set(words.get_vocab()) <= set(words.all_special_tokens): raise ValueError(f"{tokenizer or name}: the tokenizer there is empty, so there is no tokenizer. Fix: tokenizer=, the folder or name of the model that this one was trained with")
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     try: model = kind.from_pretrained(name, revision=revision, use_safetensors=True).float()
-    except OSError as e: raise ValueError(f"{name}: no weights as safetensors: {str(e).splitlines()[0]}") from None
+    except OSError as e: raise ValueError(f"{name}: no weights as safetensors: {str(e).splitlines()[0]} "
+                                        "Fix: for a .bin file, safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors', metadata={'format': 'pt'}) beside it") from None
     if len(words) > model.get_input_embeddings().num_embeddings: raise ValueError(f"{tokenizer or name}: the tokenizer has {len(words)} tokens, the model {model.get_input_embeddings().num_embeddings}: they do not belong together")
     return model.eval(), words
 

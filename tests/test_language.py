@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from superposition_lc import text as module
@@ -493,6 +494,11 @@ def test_what_is_no_model_is_refused(model, tokenizer, tmp_path, monkeypatch):
     assert len(load_language_model(tmp_path / "m", tmp_path / "t2")[1]) == len(tokenizer)
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights as safetensors"): load_language_model(tmp_path / "m", tmp_path / "t2")
+    torch.save(model.state_dict(), old := tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Fix: .*weights_only=True.*metadata={'format': 'pt'}"): load_language_model(tmp_path / "m", tmp_path / "t2")
+    save_file({k: v.clone() for k, v in torch.load(old, weights_only=True).items()}, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})  # what it says
+    again = load_language_model(tmp_path / "m", tmp_path / "t2")[0]
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"superposition_lc\[language\]"): load_language_model(tmp_path / "m")
 
