@@ -18,7 +18,7 @@ FLOORS = {
     2: {"sae", "statistics", "cells", "llc", "merging"},
     3: {"activations", "pretrained", "report"},
     4: {"measurement", "rate_distortion"},
-    5: {"text"} | {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "adversarial")},
+    5: {"text"} | {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "adversarial", "crosscoder")},
     6: {"experiments.sweep", "experiments.language"},
     7: {"cli"},
 }
