@@ -196,7 +196,7 @@ class Estimate:
 
     @property
     def correction(self)->float: # 0.1 where the plug-in was a tenth too low
-        "The bias removed, relative to the value. What it leaves is under 1% as long as the correction is under about 15%; beyond, collect more clusters."
+        "The bias removed, relative to the value. What it leaves is under 1% as long as the correction is under about 15% and no few clusters hold much of the budget; otherwise collect more."
         return 1 - self.plug_in / self.value
 
     def __str__(self): return f"F = {self.value:.4g}, {100 * self.level:g}% interval {self.low:.4g} to {self.high:.4g} ({self.n_samples:,} samples, {self.n_clusters:,} clusters)"
