@@ -143,11 +143,23 @@ def _extrapolate(
     det = a1 * b2 - a2 * b1
     return whole - drop1 / a1, whole - (drop1 * (b2 - a2) + drop2 * (a1 - b1)) / det
 
+# %% ../nbs/core/00_entropy.ipynb #7d31c0aa
+def _influence(
+    sums:Tensor, # (G, D) float64 sums of each group
+)->tuple[Tensor, Tensor]: # (G, D active) excess of each group, over the root of the shares; (G,) slope of log F along it
+    "What each group has in excess of its part of the budget, and what it does to log F."
+    total = sums.sum(0)
+    fires, weights = total > 0, sums.sum(1) / total.sum()
+    p = (total / total.sum())[fires]
+    excess = sums[:, fires] / total.sum() - weights[:, None] * p
+    return excess / p.sqrt(), -(excess @ p.log())
+
+
 # %% ../nbs/core/00_entropy.ipynb #c9e5bdd5
 def _jackknife(
     sums:Tensor, # (G, D) float64 sums of each group
     sizes:Tensor, # (G,) clusters in each group, 1 or more
-)->tuple[float, float, float]: # F to second order, its relative standard error, degrees of freedom
+)->tuple[float, float, float, float, float]: # F to second order, its relative standard error, degrees of freedom, skewness, curvature
     "Delete-group jackknife for groups of any size."
     G, total, kept = len(sums), sums.sum(0), 1 - sizes.double() / sizes.sum()
     log_f, ((_, log_one), (kept_two, log_two)) = _entropy(total), _without(sums, kept)
@@ -158,27 +170,39 @@ def _jackknife(
     variance = pseudo.square().mean()
     kurtosis = max(0., (pseudo.pow(4).mean() / variance**2 - 3).item()) if variance > 1e-24 else 0. # below, groups agree to rounding
 
-    fires, weights = total > 0, sums.sum(1) / total.sum()
-    p = (total / total.sum())[fires]
-    excess = (sums[:, fires] / total.sum() - weights[:, None] * p) / p.sqrt()
-    pairs = (excess @ excess.T).triu(1).square().sum() / (1 - weights.square().sum())**2
-    variance = variance - min(pairs, variance / 2) + (second - first)**2
-    return value.item(), variance.sqrt().item(), 1 / (2 / (G - 1) + kurtosis / G)
+    excess, slope = _influence(sums)
+    pairs = excess @ excess.T
+    both = pairs.triu(1).square().sum() / (1 - (sums.sum(1) / total.sum()).square().sum())**2
+    variance = variance - min(both, variance / 2) + (second - first)**2
+    size = variance.clamp_min(1e-24)**1.5
+    skewness, curvature = slope.pow(3).sum() / size, (slope.square() @ pairs.diagonal() - slope @ pairs @ slope) / size
+    return value.item(), variance.sqrt().item(), 1 / (2 / (G - 1) + 2 * kurtosis / G), skewness.item(), curvature.item()
+
 
 # %% ../nbs/core/00_entropy.ipynb #df9d8d9e
+def _shift(
+    skewness:float, curvature:float, # of log F, from `_jackknife`
+    level:float, # coverage of the interval
+)->float: # in standard errors, between -1 and 1
+    "How far the interval's middle lies from the value on the scale of log F."
+    from scipy.special import ndtri
+    u2 = float(ndtri((1 + level) / 2))**2
+    return math.tanh((2 * u2 + 1) / 6 * skewness + (u2 + 1) / 2 * curvature)
+
 def _interval(
     sums:Tensor, # (G, D) float64 sums of each group
     sizes:Tensor, # (G,) clusters in each group, may be 0
     level:float, # coverage of the interval
-)->tuple[float, float, float, float, float]: # F, its standard error, degrees of freedom, low and high ends
+)->tuple[float, float, float, float, float, float]: # F, its standard error, degrees of freedom, shift, low and high ends
     "Corrected effective features with an interval."
     from scipy.special import stdtrit
     active = int((sums.sum(1) > 0).sum())
     if active < 3: raise ValueError(f"codes are active in {active} of {len(sums)} groups of clusters, an interval needs 3: collect more samples, and number their clusters 0, 1, 2, ...")
-    center, error, df = _jackknife(sums[sizes > 0], sizes[sizes > 0])
-    value = min(max(center, 1.), float(sums.shape[1]))
-    reach = float(stdtrit(df, (1 + level) / 2)) * center * error
-    return value, center * error, df, max(1., min(center - reach, value)), max(center + reach, value)
+    center, error, df, *shape = _jackknife(sums[sizes > 0], sizes[sizes > 0])
+    value, shift, reach = min(max(center, 1.), float(sums.shape[1])), _shift(*shape, level), float(stdtrit(df, (1 + level) / 2))
+    low, high = (value * math.exp(min(error * (shift + side * reach), 700.)) for side in (-1, 1))
+    return value, center * error, df, shift, max(1., min(low, value)), max(high, value)
+
 
 # %% ../nbs/core/00_entropy.ipynb #be91bc28
 @dataclass(frozen=True)
@@ -188,6 +212,7 @@ class Estimate:
     value:float # F with the bias removed (jackknife), between 1 and D
     stderr:float # standard error of value
     df:float # degrees of freedom of the standard error
+    shift:float # of the interval's middle from the value, in standard errors on the scale of log F
     low:float # lower end of the interval, 1 or more
     high:float # upper end of the interval; may lie above D where F is close to it
     n_samples:int # codes seen
@@ -306,12 +331,12 @@ def estimate_columns(
     acc:ShareAccumulator,
     F:float, # plain effective features: 0 where nothing fires, NaN where codes are
     level:float=.95, # coverage of the interval
-)->dict: # effective_features, low, high, stderr, df
+)->dict: # effective_features, low, high, stderr, df, shift
     "What `acc.estimate` says, for a table; no interval where codes fire in too few groups of clusters."
-    if not F > 0: return dict(effective_features=F, low=F, high=F, stderr=0., df=math.nan)
+    if not F > 0: return dict(effective_features=F, low=F, high=F, stderr=0., df=math.nan, shift=0.)
     try: e = acc.estimate(level)
-    except ValueError: return dict(effective_features=F, low=math.nan, high=math.nan, stderr=math.nan, df=math.nan)
-    return dict(effective_features=e.value, low=e.low, high=e.high, stderr=e.stderr, df=e.df)
+    except ValueError: return dict(effective_features=F, low=math.nan, high=math.nan, stderr=math.nan, df=math.nan, shift=math.nan)
+    return dict(effective_features=e.value, low=e.low, high=e.high, stderr=e.stderr, df=e.df, shift=e.shift)
 
 # %% ../nbs/core/00_entropy.ipynb #91a80d82
 def error_parts(
@@ -341,8 +366,11 @@ def combine_seeds(
     errors:Sequence[float], # sampling standard error of each F
     df:float|Sequence[float], # degrees of freedom of these errors
     level:float=.95, # coverage of the interval
+    shift:float|Sequence[float]=0., # of each seed's interval (`Estimate`); their mean moves the common one
 )->tuple[float, float, float]: # F, low, high: the geometric mean over seeds and its interval
     "One F from several seeds of one data set; with one seed the interval holds the sampling error only."
     logs = np.log(values)
-    half, mean = half_width(error_parts(logs, np.divide(errors, values), df), level), logs.mean()
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    relative, mean = np.divide(errors, values), logs.mean()
+    half, middle = half_width(error_parts(logs, relative, df), level), mean + np.mean(relative * shift)
+    low, high = np.minimum(mean, middle - half), np.maximum(mean, middle + half)  # NaN where there is no interval
+    return math.exp(mean), math.exp(low), math.exp(high)

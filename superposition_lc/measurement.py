@@ -102,13 +102,13 @@ def _seed_rows(name, a, sae, table, level):
         yield row | dict(warning=_warnings(row_warning(row), odd))
 
 # %% ../nbs/core/07_measurement.ipynb #6cf0c8a4
-def layer_row(rows:list,   # of one layer, one a seed, with `stderr` and `df`
+def layer_row(rows:list,   # of one layer, one a seed, with `stderr`, `df` and `shift`
               level:float, # coverage of the interval
               odd:str="",  # a warning of the layer's own
              )->dict:
     "One row from the rows of a layer's seeds: F with both errors in its interval, the seeds' mean quality."
     F = [r["effective_features"] for r in rows]
-    value, low, high = combine_seeds(F, [r["stderr"] for r in rows], [r["df"] for r in rows], level) if min(F) > 0 else (sum(F) / len(F), min(F), max(F))
+    value, low, high = combine_seeds(F, [r["stderr"] for r in rows], [r["df"] for r in rows], level, [r["shift"] for r in rows]) if min(F) > 0 else (sum(F) / len(F), min(F), max(F))
     mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("l0", "fvu", "dead_fraction")}
     row = {k: rows[0][k] for k in ("layer", "n_neurons", "n_features", "n_samples")}
     row |= dict(effective_features=value, low=low, high=high, superposition=value / row["n_neurons"], **mean,

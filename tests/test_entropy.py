@@ -11,7 +11,8 @@ from scipy.special import logsumexp
 from scipy.stats import entropy, t as student
 
 from superposition_lc.entropy import (
-    Estimate, ShareAccumulator, combine_seeds, effective_features, error_parts, estimate_columns, feature_shares, half_width, hill_number)
+    Estimate, ShareAccumulator, combine_seeds, effective_features, error_parts, estimate_columns, feature_shares, half_width, hill_number,
+    _jackknife, _shift)
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
@@ -235,7 +236,7 @@ def test_estimate_is_ordered_and_agrees_with_the_shares(stream):
 def test_higher_level_wider_interval_and_what_it_prints():
     acc = ShareAccumulator(5).update(torch.rand(300, 5, generator=torch.Generator().manual_seed(0))**4)
     a, b = acc.estimate(.5), acc.estimate(.99)
-    assert b.low < a.low < a.value == b.value < a.high < b.high
+    assert b.low < a.low < a.value == b.value <= a.high < b.high
     assert "99% interval" in str(b) and "300 clusters" in str(b) and "300 samples" in repr(acc)
     assert b.correction == pytest.approx(1 - b.plug_in / b.value)
 
@@ -348,6 +349,34 @@ def test_coverage_and_bias(n, spread, power):
     assert np.mean([e.stderr for e in found]) == pytest.approx(np.std([e.value for e in found]), rel=.3)
 
 
+@pytest.mark.parametrize("n", [64, 128])
+def test_interval_follows_the_dependence_of_value_and_error(n):
+    "Documents about one topic each, 300 times: 273 or more cover (binomial: fewer has p < 0.4% at 95%), misses lie on both sides; the symmetric interval misses on one."
+    rng, usage = np.random.default_rng(5), np.arange(1., 201.)**-.6
+    usage /= usage.sum()
+    truth, found = effective_features(usage), []
+    for _ in range(300):
+        own = np.arange(200) % 10 == rng.integers(10, size=(n, 1))
+        found.append(ShareAccumulator(200).update(rng.poisson(100 * usage * (.3 + 7 * own)), range(n)).estimate())
+    too_high, too_low = (sum(ends) for ends in ([e.low > truth for e in found], [e.high < truth for e in found]))
+    assert too_high + too_low <= 27 and too_high <= 3 * too_low + 5
+    assert np.corrcoef([e.value for e in found], [e.stderr for e in found])[0, 1] < -.6 and max(e.shift for e in found) < 0
+    plain = [combine_seeds([e.value], [e.stderr], e.df)[1] > truth for e in found]
+    assert sum(plain) > too_high + 5
+
+
+def test_shift_by_hand():
+    "Two features in groups of one size: log F is a function of one share, so its skewness and curvature follow from two derivatives; without curvature the shift is Hall's."
+    a = np.random.default_rng(0).gamma(1., size=50) / 100
+    sums = torch.tensor(np.stack([.01 + a, .2 - a], 1))
+    p, r = (sums.sum(0) / sums.sum())[0].item(), ((sums[:, 0] - sums[:, 0].mean()) / sums.sum()).numpy()
+    slope, second = math.log((1 - p) / p), -1 / (p * (1 - p))
+    _, stderr, _, skewness, curvature = _jackknife(sums, torch.ones(50, dtype=torch.int64))
+    assert skewness == pytest.approx(slope**3 * (r**3).sum() / stderr**3, rel=1e-9)
+    assert curvature == pytest.approx(slope**2 * second * ((r**2).sum()**2 - (r**4).sum()) / stderr**3, rel=1e-9)
+    assert _shift(.01, 0., .95) == pytest.approx(.01 * (2 * 1.959964**2 + 1) / 6, rel=1e-3) and -1 <= _shift(-50., 3., .95) < -.99
+
+
 def test_unequal_groups_beat_ignoring_their_size():
     "Thirty clusters in twenty groups: half the groups hold two. The linear part of F must come out as if every cluster counted once."
     z = torch.tensor(np.random.default_rng(0).gamma(1., size=(30, 6)))
@@ -370,6 +399,14 @@ def test_combine_one_seed_and_no_error():
     reach = student.ppf(.975, 49) * .05
     assert combine_seeds([10.], [.5], 49) == pytest.approx((10, 10 * math.exp(-reach), 10 * math.exp(reach)))
     assert combine_seeds([10., 10.], [0., 0.], 49) == pytest.approx((10, 10, 10))
+    assert np.isnan(combine_seeds([10.], [math.nan], math.nan, shift=[math.nan])[1:]).all()
+
+
+def test_combine_shifts_by_the_mean_of_the_seeds():
+    reach, move = student.ppf(.975, 12) * .05, .05 * (.2 - .6) / 2
+    _, low, high = combine_seeds([10., 10.], [.5, .5], 12, shift=[.2, -.6])
+    assert (low, high) == pytest.approx((10 * math.exp(move - reach), 10 * math.exp(move + reach)))
+    assert combine_seeds([10.], [.5], 1e9, .5, [1.])[1] == pytest.approx(10.)  # the value stays inside
 
 
 @pytest.mark.parametrize("between, within", [(.05, .02), (.02, .05), (.03, 0.)])
@@ -394,7 +431,7 @@ def test_errors_of_one_sample_rise_and_fall_together():
 def test_columns_for_a_table():
     acc = ShareAccumulator(4).update(torch.rand(90, 4))
     e = acc.estimate(.8)
-    assert estimate_columns(acc, 3., .8) == dict(effective_features=e.value, low=e.low, high=e.high, stderr=e.stderr, df=e.df)
+    assert estimate_columns(acc, 3., .8) == dict(effective_features=e.value, low=e.low, high=e.high, stderr=e.stderr, df=e.df, shift=e.shift)
     assert list(estimate_columns(ShareAccumulator(4), 0.).values())[:4] == [0.] * 4
     few = estimate_columns(ShareAccumulator(4).update(torch.rand(9, 4), [0] * 9), 2.5)
-    assert few["effective_features"] == 2.5 and all(math.isnan(few[k]) for k in ("low", "high", "stderr", "df"))
+    assert few["effective_features"] == 2.5 and all(math.isnan(few[k]) for k in ("low", "high", "stderr", "df", "shift"))

@@ -50,7 +50,7 @@ def kinds(table):
 
 def test_columns(two):
     assert kinds(two.table) == COLUMNS and list(two.table) == list(COLUMNS)
-    assert kinds(two.per_seed) == COLUMNS | dict(seed="i", stderr="f", df="f") and len(two.per_seed) == 4
+    assert kinds(two.per_seed) == COLUMNS | dict(seed="i", stderr="f", df="f", shift="f") and len(two.per_seed) == 4
     assert two.table.layer.tolist() == ["fc", "dense"] and two.per_seed.seed.tolist() == [0, 1, 0, 1]
     assert two.table[["n_neurons", "n_features", "n_samples"]].values.tolist() == [[8, 32, 600], [6, 24, 500]]
     for t in (two.table, two.per_seed):
@@ -68,7 +68,7 @@ def test_rows_are_those_of_the_trained_stack(two):
     for seed, row in zip(range(2), rows.itertuples()):
         e = ShareAccumulator(32).update(t.sae[seed].encode(X).detach(), torch.arange(600)).estimate()
         assert (row.effective_features, row.low, row.high, row.stderr, row.df) == pytest.approx((e.value, e.low, e.high, e.stderr, e.df), rel=1e-3)
-    expected = combine_seeds(rows.effective_features.tolist(), rows.stderr.tolist(), rows.df.tolist())
+    expected = combine_seeds(rows.effective_features.tolist(), rows.stderr.tolist(), rows.df.tolist(), shift=rows["shift"].tolist())
     assert tuple(two.table.loc[0, ["effective_features", "low", "high"]]) == pytest.approx(expected)
 
 
@@ -114,7 +114,7 @@ def test_clusters_reach_the_interval():
 
 # --- warnings
 
-GOOD = dict(layer="a", seed=0, n_neurons=10, n_features=80, n_samples=99, effective_features=20., low=19., high=21., stderr=.5, df=24., superposition=2.,
+GOOD = dict(layer="a", seed=0, n_neurons=10, n_features=80, n_samples=99, effective_features=20., low=19., high=21., stderr=.5, df=24., shift=0., superposition=2.,
             l0=3., fvu=.1, dead_fraction=.1, converged=True, warning="")
 
 
@@ -311,7 +311,7 @@ def test_plot(two):
 
 
 def test_plot_shows_flags():
-    m = Measurement(pd.DataFrame([GOOD, GOOD | dict(layer="b", warning="dense code")]).drop(columns=["seed", "stderr", "df"]), pd.DataFrame([GOOD]), {})
+    m = Measurement(pd.DataFrame([GOOD, GOOD | dict(layer="b", warning="dense code")]).drop(columns=["seed", "stderr", "df", "shift"]), pd.DataFrame([GOOD]), {})
     ax = m.plot()
     faces = [to_rgba(line.get_markerfacecolor()) == to_rgba("white") for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert faces == [False, True] and "flagged" in [t.get_text() for t in ax.get_legend().get_texts()]
@@ -319,7 +319,7 @@ def test_plot_shows_flags():
 
 def test_repr(two):
     row = pd.DataFrame([GOOD | dict(effective_features=20.123456, low=19.04, fvu=.12345, dead_fraction=.999, superposition=2.0123)])
-    text = repr(Measurement(row.drop(columns=["seed", "stderr", "df"]), row, {}))
+    text = repr(Measurement(row.drop(columns=["seed", "stderr", "df", "shift"]), row, {}))
     assert text.startswith("Superposition of 1 layer(s), 1 seed(s)\n") and "flagged" not in text
     assert text.splitlines()[2].split() == ["a", "10", "80", "99", "20.1", "19.0", "21.0", "2.01", "3.0", "0.123", "1.00", "True"]
     assert "1 seed(s)" not in repr(two) and "flagged" in repr(two)
