@@ -18,7 +18,7 @@ from ..activations import Activations, named_activations
 from ..data import planted_activations
 from ..merging import merge_split_features, split_distance
 from ..plotting import COLOURS, axes
-from ..sae import SAEConfig, SparseAutoencoder, energy_scale, train_sae
+from ..sae import SAEConfig, SparseAutoencoder, energy_scale, fraction_unexplained, train_sae
 
 # %% ../../nbs/experiments/17_crosscoder.ipynb #aae0f48f
 def planted_pair(n_shared:int,  # features of both networks
@@ -78,8 +78,6 @@ def _split(f, z, rows, side):
     shared = float(F * use[mine["where"] == "shared"].sum() / use.sum())
     return {f"effective_{side}": F, f"shared_{side}": shared, f"only_{side}": F - shared, f"unmerged_{side}": merged.before}
 
-def _fvu(x, x_hat): return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
-
 @torch.no_grad()
 def _describe(sae, x, n, bound, row):
     "The features of one crosscoder, and its row of the summary."
@@ -87,7 +85,7 @@ def _describe(sae, x, n, bound, row):
     f = _features(z, sae.weight, n, bound)
     F = _split(f, z, sae.weight[:, :n], "a") | _split(f, z, sae.weight[:, n:], "b")
     twinned = float(f.share[(f["where"] != "shared") & (f.twin >= TWIN)].sum())
-    quality = dict(fvu_a=_fvu(x[:, :n], x_hat[:, :n]), fvu_b=_fvu(x[:, n:], x_hat[:, n:]), l0=row["l0"], converged=row["converged"])
+    quality = dict(fvu_a=fraction_unexplained(x[:, :n], x_hat[:, :n]), fvu_b=fraction_unexplained(x[:, n:], x_hat[:, n:]), l0=row["l0"], converged=row["converged"])
     return f.assign(seed=row["seed"]), dict(seed=row["seed"]) | F | dict(twinned=twinned) | quality
 
 # %% ../../nbs/experiments/17_crosscoder.ipynb #04a25f0f

@@ -25,7 +25,7 @@ from ..llc import local_learning_coefficient
 from ..measurement import row_warning
 from ..plotting import COLOURS, figure
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar
+from ..runs import progress_bar, write_results
 from ..sae import SAEConfig, train_sae
 
 # %% ../../nbs/experiments/14_grokking.ipynb #bdccce7e
@@ -355,12 +355,7 @@ def report(table:pd.DataFrame,     # of `run`
            config:GrokkingConfig,  # that it was made with
            out:str|Path)->str:     # folder; the reading is returned
     "Write figure-6b.png, figure-scale.png, phases.csv and correlations.csv to `out`, each whole or not at all."
-    import matplotlib.pyplot as plt
-    for name, fig in (("figure-6b.png", figure_6b(table)), ("figure-scale.png", figure_scale(table))):
-        with atomic_path(Path(out) / name) as p: fig.savefig(p)
-        plt.close(fig)
-    for name, t in (("phases.csv", phases(table)), ("correlations.csv", correlations(table))):
-        with atomic_path(Path(out) / name) as p: t.to_csv(p, index=False)
+    write_results(out, {"figure-6b.png": figure_6b(table), "figure-scale.png": figure_scale(table), "phases.csv": phases(table), "correlations.csv": correlations(table)})
     return reading(table)
 
 # %% ../../nbs/experiments/14_grokking.ipynb #51d7894e

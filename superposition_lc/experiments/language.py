@@ -26,7 +26,7 @@ from ..geometry import Taming, tame
 from ..plotting import COLOURS, axes, figure, interval_plot
 from ..pretrained import load_sae
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar, provenance
+from ..runs import atomic_path, progress_bar, provenance, write_results
 from ..sae import SAEConfig, SparseAutoencoder, train_sae
 from ..text import KINDS, Tamed, find_sites, load_language_model, measure_text, need_transformers, read_texts, text_batches
 
@@ -357,11 +357,8 @@ def _sanity(t):
     return "; ".join(f"{name} over the published: {min(r):.2f} to {max(r):.2f}" for name, r in ratios.items()) + ". (Alive is counted on more text here, so it may be larger.)"
 
 def report(table:pd.DataFrame, config:LanguageConfig, out:str|Path)->str: # the reading
-    "Write figure-6a.png, convergence.png and dimensions.png to `out`."
-    import matplotlib.pyplot as plt
-    for name, fig in {"figure-6a": figure_6a(table), "convergence": plot_convergence(table).figure, "dimensions": figure_dimensions(table)}.items():
-        with atomic_path(Path(out) / f"{name}.png") as p: fig.savefig(p)
-        plt.close(fig)
+    "Write figure-6a.png, convergence.png and dimensions.png to `out`, each whole or not at all."
+    write_results(out, {"figure-6a.png": figure_6a(table), "convergence.png": plot_convergence(table).figure, "dimensions.png": figure_dimensions(table)})
     return reading(table, config)
 
 # %% ../../nbs/experiments/12_language.ipynb #a53cbc25

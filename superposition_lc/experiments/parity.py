@@ -26,7 +26,7 @@ from ..measurement import row_warning
 from ..merging import merge_split_features, recurring_features
 from ..plotting import COLOURS, axes, figure
 from ..report import claimed, compared
-from ..runs import atomic_path, progress_bar
+from ..runs import progress_bar, write_results
 from ..sae import SAEConfig, train_sae
 from ..statistics import seed_interval
 
@@ -390,17 +390,11 @@ def report(table:pd.DataFrame,  # of `run`
            config:ParityConfig, # that it was made with
            out:str|Path)->str:  # folder; the reading is returned
     "Write figure-4a.png, figure-4a-merged.png, figure-4bc.png, growth.csv and slopes.csv to `out`, each whole or not at all."
-    import matplotlib.pyplot as plt
-    figures, tables = {}, {}
+    results = {}
     if (table.figure == "scaling").any():
-        figures |= {"figure-4a.png": figure_4a(table), "figure-4a-merged.png": figure_4a(table, "merged_rows")}
-        tables["growth.csv"] = growth(table)
-    if (table.figure == "dropout").any(): figures["figure-4bc.png"], tables["slopes.csv"] = figure_4bc(table), slopes(table)
-    for name, fig in figures.items():
-        with atomic_path(Path(out) / name) as p: fig.savefig(p)
-        plt.close(fig)
-    for name, t in tables.items():
-        with atomic_path(Path(out) / name) as p: t.to_csv(p, index=False)
+        results |= {"figure-4a.png": figure_4a(table), "figure-4a-merged.png": figure_4a(table, "merged_rows"), "growth.csv": growth(table)}
+    if (table.figure == "dropout").any(): results |= {"figure-4bc.png": figure_4bc(table), "slopes.csv": slopes(table)}
+    write_results(out, results)
     return reading(table)
 
 # %% ../../nbs/experiments/11_parity.ipynb #58c8dd57
