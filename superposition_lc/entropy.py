@@ -29,14 +29,14 @@ def _as_codes(
 
 def _abs_sums(
     codes:Tensor, # (S, D) any real dtype, any device
-    groups:Tensor, # (S,) int64 group of each sample
-    n_groups:int,
+    groups:Tensor|None=None, # (S,) int64 group of each sample; None: all in one
+    n_groups:int=1,
 )->Tensor: # (n_groups, D) float64, on the CPU
     "Sum `abs(codes)` within groups, in blocks that fit the cache."
     plain = n_groups == 1 and not codes.is_cuda and codes.dtype in (torch.float32, torch.float64)
-    groups = groups.to(codes.device)
+    groups = torch.zeros(len(codes), dtype=torch.int64, device=codes.device) if groups is None else groups.to(codes.device)
     sums = torch.zeros(n_groups, codes.shape[1], dtype=torch.float64, device=codes.device)
-    rows = max(1, 2**(24 if codes.is_cuda else 22 if plain else 18) // codes.shape[1])
+    rows = max(1, 2**(24 if codes.is_cuda else 18) // codes.shape[1])
     for z, g in zip(codes.split(rows), groups.split(rows)):
         if plain: # numpy sums floats into float64 without converting them first
             z = z.numpy()
@@ -76,7 +76,7 @@ def feature_shares(
     codes = _as_codes(codes)
     if codes.numel() == 0: raise ValueError(f"codes are empty, shape {tuple(codes.shape)}: pass at least one sample and one feature")
     flat = codes.reshape(-1, codes.shape[-1])
-    sums = _abs_sums(flat, torch.zeros(len(flat), dtype=torch.int64), 1)[0]
+    sums = _abs_sums(flat)[0]
     _check_finite(sums, codes)
     return _normalise(sums)
 

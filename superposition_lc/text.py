@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .activations import as_found, first_float, hooks, sample_keys
-from .entropy import ShareAccumulator, effective_features, estimate_columns
+from .entropy import ShareAccumulator, _abs_sums, _check_finite, effective_features, estimate_columns
 from .geometry import Taming, massive_values, outlier_neurons, participation_ratio, relative_size, two_nn
 from .measurement import Measurement, layer_row, row_warning
 from .runs import atomic_path, progress_bar, provenance
@@ -283,19 +283,22 @@ class _SiteSums:
         self.peak = torch.zeros(n_neurons, dtype=torch.float64)
 
     def update(self, x, sae, documents, group, test_every):
-        "Samples (S, N) of one group, and the autoencoder's codes of them; of each `test_every`-th also the reconstruction."
+        "Samples (S, N) of a set of documents of one group, and the autoencoder's codes of them; of each `test_every`-th also the reconstruction."
         if len(x) == 0: return
-        pieces = _pieces(x, len(self.shares) * self.n_features)
-        for part in pieces: self._moments(x[part], group)
+        for part in _pieces(x, self.n_neurons): self._moments(x[part], group)
         if not self.sums["second"][group].isfinite().all(): raise FloatingPointError("activations are NaN or infinite")
         if isinstance(sae, Tamed): x, sae = sae.taming(x), sae.sae
-        tested = []
-        for part in pieces:
+        tested, active, sums = [], np.zeros(len(self.shares)), torch.zeros(len(self.shares), 1, self.n_features, dtype=torch.float64)
+        for part in _pieces(x, len(self.shares) * self.n_features):
             z = sae.encode(x[part])
             tested.append(z[..., -part.start % test_every::test_every, :].clone())  # counted from the first sample of the batch
-            z = z if z.ndim == 3 else z[None]
-            self.sums["active"][group] += torch.tensor([_active(codes) for codes in z], dtype=torch.float64)
-            for shares, codes in zip(self.shares, z): shares.update(codes, documents[part])
+            for i, codes in enumerate(z if z.ndim == 3 else z[None]):
+                active[i] += _active(codes)
+                sums[i] += _abs_sums(codes)
+                _check_finite(sums[i], codes)
+            del z, codes  # room in the cache for the next
+        self.sums["active"][group] += torch.from_numpy(active)
+        for shares, s in zip(self.shares, sums): shares._add(slice(group, group + 1), s, torch.zeros_like(shares._singles), documents, len(x))
         self._test(x[::test_every], sae, torch.cat(tested, -2), group)
 
     def _moments(self, x, group):
@@ -314,9 +317,10 @@ class _SiteSums:
 
 # %% ../nbs/core/07_text.ipynb #682fadee
 def _pieces(x, width):
-    "Slices of samples with codes of `width` numbers each: few enough for the cache, enough for a fast matrix product."
-    rows = 2**26 // width if x.is_cuda else min(max(128, 2**21 // width), 2**24 // width)
-    return [slice(i, i + max(1, rows)) for i in range(0, len(x), max(1, rows))]
+    "Slices of samples, about equally many, with `width` numbers each: few enough for the cache, enough for a fast matrix product."
+    most = max(1, 2**26 // width if x.is_cuda else min(max(128, 2**21 // width), 2**24 // width))
+    rows = math.ceil(len(x) / math.ceil(len(x) / most))
+    return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
 def _active(z):
     "How many codes are not zero; torch counts five times slower than numpy."
@@ -540,6 +544,7 @@ class _Pass:
         documents = batch.documents.repeat_interleave(batch.keep.sum(1))
         places = (batch.starts[:, None] + batch.keep.cumsum(1) - 1)[batch.keep]
         plan = m._types.plan(batch.input_ids[batch.keep], documents, places)
+        documents = set(documents.tolist())
         def take(name, x):
             if name not in m._sums:
                 m._sums[name], m._types.values[name] = _empty(name, x, self.saes[name], self.settings["n_groups"]), torch.empty(0, x.shape[1])
