@@ -107,17 +107,21 @@ def _download(name, file, sha256, progress):
                   "and set SUPERPOSITION_LC_DATA=FOLDER. Tried:\n" + "\n".join(reasons))
 
 # %% ../nbs/core/02_data.ipynb #daa6f381
-def _published(name, progress):
-    "The four files of a published data set as (x_train, y_train, x_test, y_test), pixels 0 ... 255; hashes checked."
+def _check_file(path, sha256, fix):
+    "Raise ValueError for a file with another hash."
     import pooch
 
+    if (found := pooch.file_hash(str(path))) != sha256:
+        raise ValueError(f"{path}: found sha256 {found}, expected {sha256}: not the published file. Fix: {fix}")
+
+def _published(name, progress):
+    "The four files of a published data set as (x_train, y_train, x_test, y_test), pixels 0 ... 255; hashes checked."
     folder, arrays = os.environ.get("SUPERPOSITION_LC_DATA"), []
     for file, sha256 in zip(_FILES, _SHA256[name]):
         path = Path(folder)/name/file if folder else _download(name, file, sha256, progress)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing. Fix: put the published file there, or unset SUPERPOSITION_LC_DATA to download it")
-        if (found := pooch.file_hash(str(path))) != sha256:
-            raise ValueError(f"{path}: found sha256 {found}, expected {sha256}: not the published file. Fix: fetch it again")
+        _check_file(path, sha256, "fetch it again")
         arrays.append(read_idx(path))
     return tuple(arrays)
 
@@ -139,8 +143,7 @@ def _cifar10_file(progress):
     path = Path(folder)/"cifar10"/name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Fix: download {_CIFAR10} (162 MB) and put it there, or unset SUPERPOSITION_LC_DATA to download it")
-    if (found := pooch.file_hash(str(path))) != _CIFAR10_SHA256:
-        raise ValueError(f"{path}: found sha256 {found}, expected {_CIFAR10_SHA256}: not the published file. Fix: fetch {_CIFAR10} again")
+    _check_file(path, _CIFAR10_SHA256, f"fetch {_CIFAR10} again")
     return path
 
 def _cifar10(progress):
@@ -151,6 +154,20 @@ def _cifar10(progress):
             if member.name.endswith(".bin"): parts[Path(member.name).stem] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
     train, test = np.concatenate([parts[f"data_batch_{i}"] for i in range(1, 6)]), parts["test_batch"]
     return tuple(torch.from_numpy(a.copy()) for r in (train, test) for a in (r[:, 1:].reshape(-1, 3, 32, 32), r[:, 0]))
+
+# %% ../nbs/core/02_data.ipynb #1ea38541
+_CIFAR10_4000_SHA256 = "5a3a42d44290a419b420982b8bebee85690907a7a4ec2535b9ce037d0c54d8cb"
+_TRAIN, _TEST = slice(3200), slice(3200, 4000)
+
+def _cifar10_4000(progress):
+    "The first 4,000 training images of CIFAR-10 as (x_train, y_train, x_test, y_test), pixels 0 ... 255, channels first."
+    folder = os.environ.get("SUPERPOSITION_LC_DATA")
+    path = Path(folder)/"cifar10"/"cifar10_lossless_4000.npz" if folder else None
+    if path and path.is_file():
+        _check_file(path, _CIFAR10_4000_SHA256, f"remove it, and put {_CIFAR10} in its place")
+        with np.load(path, allow_pickle=False) as arrays: x, y = torch.from_numpy(arrays["x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(arrays["y"])
+    else: x, y = _cifar10(progress)[:2]
+    return x[_TRAIN], y[_TRAIN], x[_TEST], y[_TEST]
 
 # %% ../nbs/core/02_data.ipynb #71f53527
 def _check_int(name, value, low, high=math.inf):
@@ -169,10 +186,10 @@ def _choose(y, n_classes, n, seed, argument):
 
 # %% ../nbs/core/02_data.ipynb #809a730e
 _SOURCES = {"digits": (_digits, 16), "mnist": (lambda progress: _published("mnist", progress), 255),
-            "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255), "cifar10": (_cifar10, 255)}
+            "fashion_mnist": (lambda progress: _published("fashion_mnist", progress), 255), "cifar10": (_cifar10, 255), "cifar10_4000": (_cifar10_4000, 255)}
 
 def load_dataset(
-    name:str="digits", # "digits" (no download), "mnist", "fashion_mnist" or "cifar10"
+    name:str="digits", # "digits" (no download), "mnist", "fashion_mnist", "cifar10", or "cifar10_4000": its first images
     n_classes:int|None=None, # keep classes 0 ... n_classes-1; None: all 10
     n_train:int|None=None, # random subset of the train images; None: all
     n_test:int|None=None, # random subset of the test images; None: all

@@ -413,21 +413,21 @@ def test_planted_bad_arguments(bad):
 
 # --- CIFAR-10
 
-def cifar_archive(folder):
-    "An archive of the published form with three records a batch: (path, labels, pixels as (S, 3, 32, 32))."
+def cifar_archive(folder, n=3):
+    "An archive of the published form with n records a batch: (path, labels, pixels as (6, n, 3, 32, 32))."
     import io
     import tarfile
     g = np.random.default_rng(0)
-    records = g.integers(0, 256, (6, 3, 3073), dtype=np.uint8)
+    records = g.integers(0, 256, (6, n, 3073), dtype=np.uint8)
     records[..., 0] %= 10
     path = folder / "cifar10" / "cifar-10-binary.tar.gz"
     path.parent.mkdir()
-    with tarfile.open(path, "w:gz") as archive:
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, part in zip([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], records):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
             info.size = part.size
             archive.addfile(info, io.BytesIO(part.tobytes()))
-    return path, records[..., 0], records[..., 1:].reshape(6, 3, 3, 32, 32)
+    return path, records[..., 0], records[..., 1:].reshape(6, n, 3, 32, 32)
 
 
 def test_cifar10(tmp_path, monkeypatch):
@@ -448,3 +448,45 @@ def test_cifar10_that_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"cifar-10-binary.tar.gz is missing. Fix: download https://\S+cifar-10-binary.tar.gz \(162 MB\) and put it there"):
         load_dataset("cifar10")
+
+
+def pixels_of(images): return (images * 255).round().to(torch.uint8).numpy()
+
+
+def test_cifar10_4000_from_either_file_is_the_same(tmp_path, monkeypatch):
+    "From a file of just these images, and without it from the archive: the first 3,200 are to train on, the next 800 to test on."
+    import pooch
+    path, labels, pixels = cifar_archive(tmp_path, n=801)  # the 4,000 are in five batches here
+    labels, pixels = labels[:5].ravel()[:4000], pixels[:5].reshape(-1, 3, 32, 32)[:4000]
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    monkeypatch.setattr(module, "_CIFAR10_SHA256", pooch.file_hash(str(path)))
+    archived = load_dataset("cifar10_4000")
+    assert archived.y_train.tolist() == labels[:3200].tolist() and archived.y_test.tolist() == labels[3200:].tolist()
+    assert np.array_equal(pixels_of(archived.x_train), pixels[:3200]) and np.array_equal(pixels_of(archived.x_test), pixels[3200:])
+    path.unlink()
+    small = path.parent / "cifar10_lossless_4000.npz"
+    np.savez(small, x=pixels.transpose(0, 2, 3, 1), y=labels)
+    with pytest.raises(ValueError, match="cifar10_lossless_4000.npz: found sha256 .* not the published file. Fix: remove it"):
+        load_dataset("cifar10_4000")
+    monkeypatch.setattr(module, "_CIFAR10_4000_SHA256", pooch.file_hash(str(small)))
+    found = load_dataset("cifar10_4000")
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(found, part), getattr(archived, part)) and getattr(found, part).is_contiguous(), part
+
+
+def test_cifar10_4000_that_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOSITION_LC_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="cifar-10-binary.tar.gz is missing. Fix: download"):
+        load_dataset("cifar10_4000")
+
+
+def test_cifar10_4000_holds_the_published_images(data_root):
+    "Labels and corner pixels of the official file, all images different."
+    if not (data_root / "cifar10/cifar10_lossless_4000.npz").is_file():
+        pytest.skip("the data folder has no cifar10/cifar10_lossless_4000.npz: the test on real CIFAR-10 images does not run")
+    d = load_dataset("cifar10_4000")
+    assert (d.x_train.shape, d.x_test.shape, d.n_classes) == ((3200, 3, 32, 32), (800, 3, 32, 32), 10)
+    assert d.y_train[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3] and d.y_train.bincount().tolist() == [319, 302, 337, 308, 328, 312, 330, 314, 327, 323]
+    x = pixels_of(torch.cat([d.x_train, d.x_test]))
+    assert x[0, :, 0, 0].tolist() == [59, 62, 63] and x[0, :, -1, -1].tolist() == [123, 92, 72]
+    assert len(np.unique(x.reshape(4000, -1), axis=0)) == 4000
