@@ -27,7 +27,7 @@ from torch import nn
 from . import __version__
 from .cells import FailedCells
 from .data import load_dataset
-from .experiments import algorithmic, grokking, language, parity, sweep, toy_models
+from .experiments import algorithmic, grokking, language, parity, resnet, sweep, toy_models
 from .experiments.adversarial import AdversarialConfig, plot, run
 from .measurement import measure
 from .report import FIGURES, RULE, entry, judged, numbers, read_report, without_result, write_report
@@ -110,6 +110,7 @@ EXPERIMENTS = dict(
     algorithmic=algorithmic,
     grokking=grokking,
     adversarial=sweep,
+    resnet=resnet,
 )
 
 # %% ../nbs/core/09_cli.ipynb #77cc9162

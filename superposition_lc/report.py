@@ -87,7 +87,7 @@ FIGURES = { # figure of the paper: (experiment, what it shows)
     "6b": ("grokking", "F and the local learning coefficient along the training of a network that generalises late."),
     "7": ("adversarial", "How F changes with the attack's radius, for tasks of 2, 3, 5 and 10 classes: the slope falls with complexity."),
     "8": ("adversarial", "The same slopes for networks of several widths: they rise with capacity."),
-    "9": ("adversarial", "F by layer of ResNet-18 at four widths: early layers fall, late layers of wide networks rise."),
+    "9": ("resnet", "F by layer of ResNet-18 at four widths: early layers fall, late layers of wide networks rise."),
 }
 
 def figure_numbers(file:str)->list: # of the paper's figures that a picture is the counterpart of, by its name

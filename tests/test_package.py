@@ -20,7 +20,8 @@ FLOORS = {
     4: {"measurement", "rate_distortion"},
     5: {"text"} | {f"experiments.{name}" for name in ("toy_models", "parity", "algorithmic", "grokking", "adversarial", "crosscoder")},
     6: {"experiments.sweep", "experiments.language"},
-    7: {"cli"},
+    7: {"experiments.resnet"},
+    8: {"cli"},
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 PUBLIC = """feature_shares hill_number effective_features ShareAccumulator SAEConfig SparseAutoencoder train_sae

@@ -360,8 +360,8 @@ def test_scales():
         cells = s.cells()
         assert len(set(cells)) == len(cells) and all(c.eps >= 0 for c in cells) and min(c.seed for c in replace(s, seed=5).cells()) == 5
     paper = SCALES["paper"].cells()
-    assert {c.architecture for c in paper} == {*ARCHITECTURES} and {c.n_classes for c in paper if c.dataset == "mnist"} == {2, 3, 5, 10}
-    assert {c.eps for c in paper if c.dataset == "cifar10"} == {0, .01, .02, .03} and {(c.epochs, c.lr) for c in paper if c.dataset == "mnist"} == {(100, .01)}
+    assert {c.architecture for c in paper} == {*ARCHITECTURES} - {"resnet18"} and {c.n_classes for c in paper if c.dataset == "mnist"} == {2, 3, 5, 10}
+    assert {c.eps for c in paper} == {0, .1, .2, .3} and {(c.epochs, c.lr) for c in paper} == {(100, .01)}
     assert all(c.default == SAEConfig() and c.released == SAEConfig.released() for c in paper) and all(c.default == SAEConfig() for c in SCALES["laptop"].cells())
 
 

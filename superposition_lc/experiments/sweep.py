@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'NETWORKS', 'READINGS', 'VERSION', 'SCALES', 'network', 'measured_layers', 'Training', 'Cell',
            'participation_ratio', 'trained', 'activations', 'measure_cell', 'Grid', 'SweepConfig', 'tidy', 'run',
-           'cost', 'standard', 'changes', 'plot_changes', 'reading', 'compare_weightings', 'report', 'comparison']
+           'cost', 'standard', 'changes', 'plot_changes', 'reading', 'compare_weightings', 'report', 'trend_row',
+           'ratio_row', 'comparison']
 
 # %% ../../nbs/experiments/16_sweep.ipynb #fe886029
 import json
@@ -35,8 +36,8 @@ from ..rate_distortion import RateDistortion, rate_distortion
 from ..report import claimed, compared
 from ..runs import atomic_path, write_results
 from ..sae import SAEConfig, energy_scale
-from ..statistics import PUBLISHED_EFFECTS, PUBLISHED_RATIOS, PUBLISHED_RESNET, PUBLISHED_SLOPES
-from ..statistics import capacity, compare_datasets, complexity, figure_7, figure_8, figure_9, figure_regimes, hypotheses, network_slopes, seed_interval, universal_reduction
+from ..statistics import PUBLISHED_EFFECTS, PUBLISHED_RATIOS, PUBLISHED_SLOPES
+from ..statistics import capacity, compare_datasets, complexity, figure_7, figure_8, figure_regimes, hypotheses, network_slopes, seed_interval, universal_reduction
 
 # %% ../../nbs/experiments/16_sweep.ipynb #09eb79fe
 def _flat(body, shape, n_classes, hidden=None):
@@ -383,12 +384,11 @@ SCALES = dict(
     paper=SweepConfig((
         Grid(_BOTH, _CLASSES, tuple(("mlp1", h) for h in (8, 32, 128, 512)) + (("mlp3", 32),) +
              tuple(("cnn1", c) for c in (8, 16, 32, 64)) + (("cnn2", 16),), (0., .1, .2, .3), _PAPER),
-        Grid(("cifar10",), (10,), tuple(("resnet18", w) for w in (.25, .5, 1., 2.)), (0., .01, .02, .03),
-             replace(_PAPER, attack_steps=10, eval_steps=10, epochs=200, lr=.1, common_eps=.01)),
         Grid(("mnist",), (2, 10), (("mlp1", 128), ("cnn1", 16)), (0., .1, .2, .3), replace(_PAPER, weighting="released")))))
 
 # %% ../../nbs/experiments/16_sweep.ipynb #608f878e
-_IMAGES = dict(digits=((1, 8, 8), 135), mnist=((1, 28, 28), 6000), fashion_mnist=((1, 28, 28), 6000), cifar10=((3, 32, 32), 5000)) # shape, training images a class
+_IMAGES = dict(digits=((1, 8, 8), 135), mnist=((1, 28, 28), 6000), fashion_mnist=((1, 28, 28), 6000), cifar10=((3, 32, 32), 5000),
+               cifar10_4000=((3, 32, 32), 320)) # shape, training images a class
 
 def _step_seconds(t, steps):
     "Processor seconds of a training step, without and with attacks: the fastest of some."
@@ -526,11 +526,9 @@ def _figures(table):
     "{file name: Figure} of what the table has enough conditions for; where it is too small for slopes the verdicts say why."
     made = {"figure-readings.png": plot_changes(table)[0].figure}
     several = {c: table.groupby(["dataset", "architecture"])[c].nunique().max() > 1 for c in ("n_classes", "width")}
-    resnet = table[table.architecture == "resnet18"]
-    kinds = [("7", figure_7, table, several["n_classes"]), ("8", figure_8, table, several["width"]), ("regimes", figure_regimes, table, all(several.values())),
-             ("9", figure_9, resnet, len(resnet) > 0)]
-    for name, draw, rows, wanted in kinds:
-        try: made |= {f"figure-{name}-{r}.png": draw(rows, r) for r in READINGS if wanted}
+    kinds = [("7", figure_7, several["n_classes"]), ("8", figure_8, several["width"]), ("regimes", figure_regimes, all(several.values()))]
+    for name, draw, wanted in kinds:
+        try: made |= {f"figure-{name}-{r}.png": draw(table, r) for r in READINGS if wanted}
         except ValueError: continue
     return made
 
@@ -548,8 +546,14 @@ def report(table:pd.DataFrame,  # of `run`
 _SINGLE = "mlp1", "cnn1" # networks of one layer
 _ABSENT = "not in this sweep"
 
-def _trend_row(figure, words, published, error, rows, reading, test):
-    "A trend with its interval, or why the table has none."
+def trend_row(figure:str,       # of the paper
+              words:str,        # what the trend is
+              published:float, error:float,
+              rows:pd.DataFrame,# of `run`, all readings; none: the row says so
+              reading:str,      # which of them
+              test              # of `statistics`: complexity or capacity
+             )->dict:           # of `superposition_lc.report.compared`
+    "A trend of the slopes beside the published one, or why the table has none."
     if rows.empty: return compared(figure, f"{words}, {reading}", published, math.nan, error, reason=_ABSENT)
     try: c = test(rows, reading).combined
     except ValueError as e: return compared(figure, f"{words}, {reading}", published, math.nan, error, reason=str(e))
@@ -572,28 +576,33 @@ def _slope_rows(table, reading):
         yield compared("7", f"Fashion-MNIST less MNIST, slope, {reading}", -1.467, c["difference"], .61, (c["difference"] - half, c["difference"] + half), "the error that t(7) implies; 0.156 is printed")
 
 # %% ../../nbs/experiments/16_sweep.ipynb #c28ff28b
+def ratio_row(figure:str,        # of the paper
+              words:str,         # whose ratio it is
+              published:float,   # above 1: "up to", else "down to"
+              rows:pd.DataFrame, # of `changes`, one reading; none: the row says so
+              reading:str,       # which it is
+              reason:str="",     # why the two may differ
+             )->dict:            # of `superposition_lc.report.compared`
+    "F at the largest radius over F(0), of the condition and kind of input where it is largest or smallest, beside the published one."
+    r = (rows.ratio.idxmax() if published > 1 else rows.ratio.idxmin()) if rows.ratio.notna().any() else None
+    ours, *interval = (math.nan,) * 3 if r is None else rows.loc[r, ["ratio", "low", "high"]]
+    return compared(figure, f"F / F(0) {'up' if published > 1 else 'down'} to, {words}, {reading}", published, ours, .025, interval, _ABSENT if r is None else reason)
+
 def _ratio_rows(table, reading):
-    "F at the largest radius over F(0), of the kind of input and the width where it is largest (up to) or smallest (down to)."
+    "The ratios of single conditions."
     t = changes(table[table.reading == reading])
-    def row(figure, words, published, rows):
-        r = (rows.ratio.idxmax() if published > 1 else rows.ratio.idxmin()) if rows.ratio.notna().any() else None
-        ours, *interval = (math.nan,) * 3 if r is None else t.loc[r, ["ratio", "low", "high"]]
-        return compared(figure, f"F / F(0) {'up' if published > 1 else 'down'} to, {words}, {reading}", published, ours, .025, interval, _ABSENT if r is None else "")
     for dataset, architecture, k, layer, ratio in PUBLISHED_RATIOS.itertuples(index=False):
-        yield row("7", f"{dataset}, {k} classes, {architecture}, {layer}", ratio, t[(t.dataset == dataset) & (t.n_classes == k) & (t.architecture == architecture) & (t.layer == layer)])
-    resnet = t[t.architecture == "resnet18"]
-    for words, layers, ratio in zip(("early layers", "layers 3 and 4"), (("relu1", "layer1", "layer2"), ("layer3", "layer4")), PUBLISHED_RESNET):
-        yield row("9", f"ResNet-18, {words}", ratio, resnet[resnet.layer.isin(layers)])
+        rows = t[(t.dataset == dataset) & (t.n_classes == k) & (t.architecture == architecture) & (t.layer == layer)]
+        yield ratio_row("7", f"{dataset}, {k} classes, {architecture}, {layer}", ratio, rows, reading)
 
 def comparison(table:pd.DataFrame,  # of `run`
                config:SweepConfig)->list: # of `superposition_lc.report.compared`
     "The numbers of Section 7 by the released reading, and by this package's."
     table = standard(table)
-    rows, single, resnet = [], table[table.architecture.isin(_SINGLE)], table[table.architecture == "resnet18"]
+    rows, single = [], table[table.architecture.isin(_SINGLE)]
     for reading in ("released", "default"):
-        rows.append(_trend_row("7", "H2, slope per step of complexity", *PUBLISHED_EFFECTS["H2"], table, reading, complexity))
-        rows.append(_trend_row("8", "H3, slope per log width, one layer", *PUBLISHED_EFFECTS["H3"], single, reading, capacity))
-        rows.append(_trend_row("9", "H3, slope per log width, ResNet-18", 31., 2., resnet, reading, capacity))
+        rows.append(trend_row("7", "H2, slope per step of complexity", *PUBLISHED_EFFECTS["H2"], table, reading, complexity))
+        rows.append(trend_row("8", "H3, slope per log width, one layer", *PUBLISHED_EFFECTS["H3"], single, reading, capacity))
         rows += [*_slope_rows(table, reading), *_ratio_rows(table, reading)]
         try: h = {"rejected": True, "supported": False}.get(universal_reduction(table, reading).verdict)
         except ValueError: h = None
