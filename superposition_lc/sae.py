@@ -316,6 +316,7 @@ def sae_quality(sae:SparseAutoencoder, # one, or a stack of K
     return dict(effective_features=torch.tensor(F, dtype=torch.float64), l0=(active / x.shape[-2]).cpu(), fvu=(error / variance).cpu(), 
                 dead_fraction=(sums == 0).double().mean(1).cpu())
 
+@torch.no_grad()
 def fraction_unexplained(x:Tensor,     # (S, N) activations, or some of their neurons
                          x_hat:Tensor, # (S, N) their reconstruction
                         )->float:      # 0 perfect, 1 no better than the mean

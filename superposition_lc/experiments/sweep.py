@@ -356,7 +356,7 @@ def tidy(cells,   # of `Cell`
     return table[first + [c for c in table if c not in first]]
 
 # %% ../../nbs/experiments/16_sweep.ipynb #d558b489
-VERSION = f"{__version__}/2"  # of the cells: raise the last number when a cell computes something else
+VERSION = f"{__version__}/3"  # of the cells: raise the last number when a cell computes something else
 
 def run(config:SweepConfig=SweepConfig(),
         progress:bool=True,           # a bar: cells, time left, failures
