@@ -120,7 +120,7 @@ _NUMBERS = ["n_neurons", "effective_features", "stderr", "df", "fvu", "l0", "dea
 @dataclass(frozen=True)
 class RateDistortion:
     "F against FVU of layers: `table` (one row a layer, penalty or k, and seed), `settings`."
-    table: pd.DataFrame # layer, l1 or k, seed, n_neurons, effective_features, stderr, df, fvu, l0, dead_fraction, converged, warning
+    table: pd.DataFrame # layer, l1 or k, seed, n_neurons, effective_features, stderr, df, shift, fvu, l0, dead_fraction, converged, warning
     settings: dict      # estimator, grid, seeds, retrain, versions, machine, time
 
     def at(self, fvu:float|Sequence[float], # a distortion within the measured range, or several
@@ -213,7 +213,7 @@ def _points(name, a, sae, seeds, converged, **value):
     q = {k: v.tolist() for k, v in sae_quality(sae, a.values, accumulators, a.clusters).items()}
     for i, (seed, acc) in enumerate(zip(seeds, accumulators)):
         found = estimate_columns(acc, q["effective_features"][i])
-        row = dict(layer=name, **value, seed=seed, n_neurons=sae.n_neurons, **{c: found[c] for c in ("effective_features", "stderr", "df")},
+        row = dict(layer=name, **value, seed=seed, n_neurons=sae.n_neurons, **{c: found[c] for c in ("effective_features", "stderr", "df", "shift")},
                    **{c: q[c][i] for c in ("fvu", "l0", "dead_fraction")}, converged=converged[i])
         yield row | dict(warning="; ".join(filter(None, [point_warning(row), odd])))
 

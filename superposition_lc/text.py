@@ -299,7 +299,7 @@ class _SiteSums:
             del z, codes  # room in the cache for the next
         self.sums["active"][group] += torch.from_numpy(active)
         for shares, s in zip(self.shares, sums): shares._add(slice(group, group + 1), s, torch.zeros_like(shares._singles), documents, len(x))
-        self._test(x[::test_every], sae, torch.cat(tested, -2), group)
+        _test(self.sums, x[::test_every], sae, torch.cat(tested, -2), group)
 
     def _moments(self, x, group):
         wide = x.double()
@@ -307,13 +307,6 @@ class _SiteSums:
         self.sums["first"][group] += wide.sum(0).cpu()
         self.sums["second"][group] += wide.square_().sum(0).cpu()
         self.peak = torch.maximum(self.peak, wide.amax(0).sqrt().cpu())
-
-    def _test(self, x, sae, z, group):
-        x_hat, wide = sae.decode(z, x) if hasattr(sae, "normalise") else sae.decode(z), x.double()
-        self.sums["tested"][group] += len(x)
-        self.sums["error"][group] += (x_hat.double() - wide).square().sum((-2, -1)).reshape(-1).cpu()
-        self.sums["first_tested"][group] += wide.sum(0).cpu()
-        self.sums["second_tested"][group] += wide.square().sum().cpu()
 
 # %% ../nbs/core/07_text.ipynb #682fadee
 def _pieces(x, width):
@@ -331,6 +324,14 @@ def _merge_sums(mine, other):
     for a, b in zip(mine.shares, other.shares): a.merge(b)
     for name in mine.sums: mine.sums[name] += other.sums[name]
     mine.peak = torch.maximum(mine.peak, other.peak)
+
+def _test(sums, x, sae, z, group):
+    "Add the reconstruction's error on samples x (S, N) with codes z."
+    x_hat, wide = sae.decode(z, x) if hasattr(sae, "normalise") else sae.decode(z), x.double()
+    sums["tested"][group] += len(x)
+    sums["error"][group] += (x_hat.double() - wide).square().sum((-2, -1)).reshape(-1).cpu()
+    sums["first_tested"][group] += wide.sum(0).cpu()
+    sums["second_tested"][group] += wide.square().sum().cpu()
 
 # %% ../nbs/core/07_text.ipynb #d7c70d84
 @dataclass(frozen=True, eq=False)

@@ -177,7 +177,7 @@ _QUALITY = ["l0", "fvu", "dead_fraction"]
 def _row_of_seeds(points, n_features):
     "One row from the rows of several dictionaries: F with both errors, the mean quality."
     F, row = points.effective_features.tolist(), dict(n_neurons=int(points.n_neurons.iloc[0]), n_features=n_features)
-    value, low, high = combine_seeds(F, points.stderr.tolist(), points.df.tolist()) if min(F) > 0 else (sum(F) / len(F), min(F), max(F))
+    value, low, high = combine_seeds(F, points.stderr.tolist(), points.df.tolist(), shift=points["shift"].tolist()) if min(F) > 0 else (sum(F) / len(F), min(F), max(F))
     row |= dict(effective_features=value, low=low, high=high, **points[_QUALITY].mean().to_dict(), converged=bool(points.converged.all()))
     return row | dict(warning=row_warning(row))
 
