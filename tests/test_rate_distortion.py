@@ -24,7 +24,7 @@ module = importlib.import_module("superposition_lc.rate_distortion")  # the pack
 SMOKE = SAEConfig(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=60)
 RELU = replace(SMOKE, kind="relu")
 X = planted_activations(12, 8, 500).activations
-COLUMNS = "layer l1 seed n_neurons effective_features stderr df fvu l0 dead_fraction converged warning".split()
+COLUMNS = "layer l1 seed n_neurons effective_features stderr df shift fvu l0 dead_fraction converged warning".split()
 
 
 def traced(x=X, *args, config=SMOKE, seeds=2, **kwargs):
