@@ -154,7 +154,6 @@ def _influence(
     excess = sums[:, fires] / total.sum() - weights[:, None] * p
     return excess / p.sqrt(), -(excess @ p.log())
 
-
 # %% ../nbs/core/00_entropy.ipynb #c9e5bdd5
 def _jackknife(
     sums:Tensor, # (G, D) float64 sums of each group
@@ -177,7 +176,6 @@ def _jackknife(
     size = variance.clamp_min(1e-24)**1.5
     skewness, curvature = slope.pow(3).sum() / size, (slope.square() @ pairs.diagonal() - slope @ pairs @ slope) / size
     return value.item(), variance.sqrt().item(), 1 / (2 / (G - 1) + 2 * kurtosis / G), skewness.item(), curvature.item()
-
 
 # %% ../nbs/core/00_entropy.ipynb #df9d8d9e
 def _shift(
@@ -202,7 +200,6 @@ def _interval(
     value, shift, reach = min(max(center, 1.), float(sums.shape[1])), _shift(*shape, level), float(stdtrit(df, (1 + level) / 2))
     low, high = (value * math.exp(min(error * (shift + side * reach), 700.)) for side in (-1, 1))
     return value, center * error, df, shift, max(1., min(low, value)), max(high, value)
-
 
 # %% ../nbs/core/00_entropy.ipynb #be91bc28
 @dataclass(frozen=True)
@@ -299,9 +296,12 @@ class ShareAccumulator(_GroupSums):
         if other._sums.shape != self._sums.shape: raise ValueError(f"cannot merge {other} into {self}: build both with the same n_features and n_groups")
         return self._add(slice(None), other._sums, other._singles, other._ids, other.n_samples)
 
+    def add_sums(self, group:int, sums:Tensor, ids:set, n_samples:int)->"ShareAccumulator": # itself
+        "Add sums (1, D) of `abs(codes)` taken elsewhere, of clusters that all belong to one group."
+        return self._add(slice(group, group + 1), sums, torch.zeros_like(self._singles), ids, n_samples)
+
     @property
     def n_clusters(self)->int: return len(self._ids) + int(self._singles.sum())
-
     @property
     def shares(self)->Tensor: return _normalise(self._sums.sum(0))
 

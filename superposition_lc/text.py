@@ -298,7 +298,7 @@ class _SiteSums:
                 _check_finite(sums[i], codes)
             del z, codes  # room in the cache for the next
         self.sums["active"][group] += torch.from_numpy(active)
-        for shares, s in zip(self.shares, sums): shares._add(slice(group, group + 1), s, torch.zeros_like(shares._singles), documents, len(x))
+        for shares, s in zip(self.shares, sums): shares.add_sums(group, s, documents, len(x))
         _test(self.sums, x[::test_every], sae, torch.cat(tested, -2), group)
 
     def _moments(self, x, group):

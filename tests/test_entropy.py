@@ -435,3 +435,9 @@ def test_columns_for_a_table():
     assert list(estimate_columns(ShareAccumulator(4), 0.).values())[:4] == [0.] * 4
     few = estimate_columns(ShareAccumulator(4).update(torch.rand(9, 4), [0] * 9), 2.5)
     assert few["effective_features"] == 2.5 and all(math.isnan(few[k]) for k in ("low", "high", "stderr", "df", "shift"))
+
+
+def test_sums_taken_elsewhere_are_an_update():
+    z, ids = torch.rand(12, 4, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([3, 53, 103]).repeat(4)
+    a, b = ShareAccumulator(4).update(z, ids), ShareAccumulator(4).add_sums(3, z.sum(0, keepdim=True), set(ids.tolist()), 12)
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=1e-12, atol=0)
