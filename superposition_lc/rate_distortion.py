@@ -115,7 +115,7 @@ def _at(table, fvu, level):
     return pd.DataFrame(rows)
 
 # %% ../nbs/core/08_rate_distortion.ipynb #7669cb1b
-_NUMBERS = ["n_neurons", "effective_features", "stderr", "df", "fvu", "l0", "dead_fraction"]
+_NUMBERS = ["n_neurons", "effective_features", "stderr", "df", "shift", "fvu", "l0", "dead_fraction"]
 
 @dataclass(frozen=True)
 class RateDistortion:
@@ -154,7 +154,7 @@ class RateDistortion:
 def _summary(table):
     "Means over the seeds, as people read them."
     by = ["layer", "l1" if "l1" in table else "k"]
-    mean = table.groupby(by, sort=False)[_NUMBERS[1:]].mean().drop(columns=["stderr", "df"]).reset_index()
+    mean = table.groupby(by, sort=False)[_NUMBERS[1:]].mean().drop(columns=["stderr", "df", "shift"]).reset_index()
     mean["warning"] = [w for w in table.groupby(by, sort=False).warning.agg(lambda ws: "; ".join(dict.fromkeys(w for v in ws for w in v.split("; ") if w)))]
     digits = dict(effective_features=".1f", fvu=".2g", l0=".2f", dead_fraction=".2f")
     return mean.assign(**{by[1]: mean[by[1]].map("{:.4g}".format)}, **{c: mean[c].map(f"{{:{d}}}".format) for c, d in digits.items()})

@@ -33,7 +33,7 @@ def traced(x=X, *args, config=SMOKE, seeds=2, **kwargs):
 
 def synthetic(curves, fvu=(.01, .03, .1, .3, .6), layer="a", stderr=0., l0=1., n_neurons=10, converged=True, df=49.):
     "A result whose seeds follow known functions F(FVU)."
-    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), df=df, fvu=f,
+    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), df=df, shift=0., fvu=f,
                  l0=l0(f) if callable(l0) else l0, dead_fraction=0., converged=converged) for s, F in enumerate(curves) for f in fvu]
     return RateDistortion(pd.DataFrame([r | dict(warning=point_warning(r)) for r in rows]), {})
 
