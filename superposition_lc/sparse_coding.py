@@ -20,6 +20,7 @@ def step_bound(W:Tensor, # (K, D, N) dictionaries
     gram = W.mT @ W if W.shape[1] > W.shape[2] else W @ W.mT
     return 2.2 * torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[:, -1].clamp_min(1e-6).view(-1, 1, 1)
 
+@torch.no_grad()
 def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
                  W:Tensor,          # (K, D, N) dictionaries; a row of zeros stays silent
                  penalty,           # λ: a number, or a tensor that broadcasts to (K, B, D)
@@ -27,15 +28,19 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
                  start:Tensor|None=None, # (K, B, D) codes to start from; None: zero
                  bound:Tensor|None=None, # `step_bound(W)`, where it is known
                 )->Tensor:          # (K, B, D) codes >= 0
-    "Nonnegative lasso codes by FISTA."
+    "Nonnegative lasso codes by FISTA; no gradient flows through them."
     bound = step_bound(W) if bound is None else bound
-    z = x.new_zeros(*x.shape[:2], W.shape[1]) if start is None else start
-    y, t, shrink, V = z, 1., penalty / bound, W.mT * (2 / bound)
+    x, W = x.mT.contiguous(), W.mT.contiguous()  # samples on the last axis: products are faster so
+    z = x.new_zeros(len(x), W.shape[2], x.shape[2]) if start is None else start.mT.clone()
+    shrink = (penalty.mT if isinstance(penalty, Tensor) and penalty.ndim == 3 else penalty) / bound
+    y, t, V = z.clone(), 1., W.mT * (2 / bound)
+    r, new = torch.empty_like(x), torch.empty_like(z)
     for _ in range(iterations):
-        new = torch.baddbmm(y - shrink, torch.baddbmm(x, y, W, beta=-1), V, alpha=-1).relu_()
+        torch.sub(y, shrink, out=new).baddbmm_(V, torch.baddbmm(x, W, y, beta=-1, out=r), alpha=-1).relu_()
         t, momentum = (1 + math.sqrt(1 + 4 * t * t)) / 2, t - 1
-        y, z = torch.lerp(z, new, 1 + momentum / t), new
-    return z
+        torch.lerp(z, new, 1 + momentum / t, out=y)
+        z, new = new, z
+    return z.mT
 
 # %% ../nbs/core/04_sparse_coding.ipynb #ddf005c4
 def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
@@ -55,6 +60,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
 # %% ../nbs/core/04_sparse_coding.ipynb #cc28887c
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
 _LEAN = 1.15  # how much more error the smaller dictionary may have
+_PLAIN, _DEAR = 1.5, 1.25  # or, with so few rows a neuron, how much higher a cost
 
 def _typical(usage): return (usage.square().sum(-1, keepdim=True) / usage.sum(-1, keepdim=True).clamp_min(1e-12)).clamp_min(1e-12)
 
@@ -86,6 +92,11 @@ def _codes(x, W, price, bound, iterations=20):
     "Codes by FISTA, then again with a lower price for large codes."
     z = sparse_codes(x, W, price, iterations, bound=bound)
     return _concave(x, W, price, _size(z), z, bound, 3 * iterations // 4)
+
+def _recode(x, W, price, z, bound):
+    "The same, from codes `z` that were good for nearly these rows."
+    z = sparse_codes(x, W, price, 15, z, bound)
+    return _concave(x, W, price, _size(z), z, bound)
 
 # %% ../nbs/core/04_sparse_coding.ipynb #7d20b3a4
 def _new_rows(x, W, l1, count, generators):
@@ -128,27 +139,33 @@ def _dispensable(x, W, usage, l1, tau, best, slack):
     price, bound = _price(usage, l1), step_bound(W)
     z = _codes(x, W, price, bound, 40)
     tau = torch.where(tau.isnan(), .2 * _size(z), tau)  # the same from the first time on
-    mean = lambda z, W: _cost(x, z, W, tau).mean(1)
-    best = torch.minimum(best, mean(z, W))
+    best = torch.minimum(best, _cost(x, z, W, tau).mean(1))
     need = _necessity(x, z, W, price, bound, tau).masked_fill(usage <= 0, math.inf)
     n = ((need < .5).sum(1)).minimum((.1 * (usage > 0).sum(1)).ceil())
     rank = need.argsort(dim=1).argsort(dim=1)
     could = rank < n[:, None]
-    while True:
-        go = rank < n[:, None]
-        V = W * ~go[..., None]
-        bad = (mean(_codes(x, V, price, bound, 40), V) > slack * best) & (n > 0)
-        if not bad.any(): return could, go, tau, best
+    bad = n > 0
+    while bad.any():
+        i = bad.nonzero()[:, 0]
+        V = W[i] * (rank[i] >= n[i, None])[..., None]
+        left = _recode(x[i], V, price[i], z[i] * V.any(-1)[:, None], bound[i])
+        bad[i] = _cost(x[i], left, V, tau[i]).mean(1) > slack[i] * best[i]
         n = torch.where(bad, n.div(2, rounding_mode="floor"), n)
+        bad &= n > 0
+    return could, rank < n[:, None], tau, best
 
 # %% ../nbs/core/04_sparse_coding.ipynb #48d1c6fe
 def _polish(x, W, l1):
-    "Rows moved to their least-squares optimum for the codes."
-    z = _codes(x, W, l1[..., None], step_bound(W), 40)
-    gram = z.mT @ z
-    ridge = gram.diagonal(dim1=1, dim2=2)
-    ridge = 1e-3 * (ridge + ridge.mean(1, keepdim=True)) + 1e-9
-    return normalize(W + torch.linalg.solve(gram + torch.diag_embed(ridge), z.mT @ (x - z @ W)), dim=-1) * W.any(-1, keepdim=True)
+    "Rows moved to their least-squares optimum for the codes, three times over; and the codes."
+    price, bound = l1[..., None], step_bound(W)
+    z = _codes(x, W, price, bound, 40)
+    for _ in range(3):
+        gram = z.mT @ z
+        ridge = gram.diagonal(dim1=1, dim2=2)
+        ridge = 1e-3 * (ridge + ridge.mean(1, keepdim=True)) + 1e-9
+        W = normalize(W + torch.linalg.solve(gram + torch.diag_embed(ridge), z.mT @ (x - z @ W)), dim=-1) * W.any(-1, keepdim=True)
+        z = _recode(x, W, price, z, step_bound(W))
+    return W, z
 
 def _row_step(W, z, x, m, v, t, rate):
     "One Adam step of the rows along the unit sphere, in place."
@@ -206,15 +223,15 @@ def _drop(s):
 
 def _chosen(s, K):
     "The first K dictionaries, or their lean copies where these do as well; rows by usage."
-    for _ in range(3): s.W = _polish(s.draw(4096), s.W, s.l1 / 4)
     x = s.draw(4096)
-    z = _codes(x, s.W, s.l1[..., None] / 4, step_bound(s.W), 40)
-    error, order = (x - z @ s.W).square().sum((1, 2)), z.mean(1).argsort(dim=1, descending=True, stable=True)
-    W = s.W.gather(1, order[..., None].expand_as(s.W))
-    take = torch.arange(K, device=W.device)
-    lean = (error[K:] <= _LEAN * error[s.owner[K:]]).nonzero()[:, 0] + K
+    W, z = _polish(x, s.W, s.l1 / 4)
+    error, cost, rows = (x - z @ W).square().sum((1, 2)), _cost(x, z, W, s.tau).mean(1), W.any(-1).sum(1)
+    whole, take = s.owner[K:], torch.arange(K, device=W.device)
+    plain = (rows[K:] <= _PLAIN * W.shape[2]) & (cost[K:] <= _DEAR * cost[whole])
+    lean = (plain | (error[K:] <= _LEAN * error[whole])).nonzero()[:, 0] + K
     take[s.owner[lean]] = lean
-    return W[take]
+    order = z.mean(1).argsort(dim=1, descending=True, stable=True)
+    return W.gather(1, order[..., None].expand_as(W))[take]
 
 # %% ../nbs/core/04_sparse_coding.ipynb #03a0f827
 @torch.no_grad()

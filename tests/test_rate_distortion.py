@@ -126,7 +126,7 @@ def test_the_interval_is_that_of_a_measurement(scales):
 def test_at_is_unmoved_by_the_order_of_rows(two):
     for seed in range(3):
         mixed = RateDistortion(two.table.sample(frac=1, random_state=seed), two.settings)
-        a, b = (r.at([.01, .3]).sort_values(["layer", "fvu"]).reset_index(drop=True) for r in (two, mixed))
+        a, b = (r.at([.01, .1]).sort_values(["layer", "fvu"]).reset_index(drop=True) for r in (two, mixed))
         pd.testing.assert_frame_equal(a, b)
 
 
@@ -278,7 +278,7 @@ def test_the_row_of_the_configured_penalty_is_the_measurement(retrain):
     r, m = traced(X, [.1, SMOKE.l1, 3.], retrain=retrain), measure_activations(X, SMOKE, 2, progress=False)
     rows = r.table[r.table.l1 == SMOKE.l1]
     for c in ("effective_features", "stderr", "fvu", "l0", "dead_fraction"):
-        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=1e-3), c
+        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=1e-2), c
     assert r.settings["retrain"] is retrain
 
 

@@ -287,7 +287,7 @@ def test_config_is_frozen():
 
 BAD = [dict(expansion=0), dict(expansion=math.inf), dict(expansion="8"), dict(l1=-1), dict(l1=math.nan), dict(l1=None), dict(kind="gelu"), dict(k=3),
        dict(k=0, kind="topk"), dict(k=None, kind="topk"), dict(k=2., kind="topk"), dict(unit_norm=False, tied=False, kind="relu"), dict(reduction="max"),
-       dict(tied=False), dict(unit_norm=False), dict(reduction="mean"), dict(epochs=3), dict(refine_steps=0), dict(refine_steps=1.5), dict(grow=1), dict(grow=True, kind="relu"),
+       dict(tied=False), dict(unit_norm=False), dict(reduction="mean"), dict(epochs=3), dict(refine_steps=0), dict(refine_steps=1.5), dict(grow=1),
        dict(scale="rms"), dict(scale=None), dict(lr=0), dict(lr=math.nan), dict(beta2=1), dict(beta2=0), dict(warmup=-1), dict(warmup=1.5), dict(batch_size=0),
        dict(batch_size=2.5), dict(batch_size=True), dict(steps=0), dict(max_rounds=0), dict(tolerance=0), dict(tolerance=math.inf), dict(epochs=0), dict(patience=0),
        dict(tied="no", kind="relu"), dict(unit_norm=None, kind="relu")]
@@ -500,12 +500,15 @@ def test_rows_stay_on_the_sphere(kind):
     assert (norms - 1).abs().max() < 1e-5
 
 
-def test_thorough_counts_what_the_default_leaves_out():
+def test_only_sparse_coding_grows():
+    assert SAEConfig().grow and not SAEConfig.quick().grow and not SAEConfig(kind="relu", grow=True).grow and not SAEConfig.released().grow
+
+
+def test_the_search_counts_what_is_left_out_without_it():
     "Four features a neuron: rows that no training step would make are added."
     p = planted_activations(64, 16, 4000, activity=.04, seed=7)
-    quick, thorough = (fit(p.activations, c, seeds=1).table.effective_features[0] / p.effective_features for c in
-                       (SAEConfig(steps=300, max_rounds=2), SAEConfig.thorough(steps=300, max_rounds=2)))
-    assert quick < .95 and abs(thorough - 1) < .03
+    quick, searched = (fit(p.activations, c(steps=300, max_rounds=2), seeds=1).table.effective_features[0] / p.effective_features for c in (SAEConfig.quick, SAEConfig))
+    assert quick < .95 and abs(searched - 1) < .03
 
 
 def test_refined_rows_are_on_the_sphere_or_gone():

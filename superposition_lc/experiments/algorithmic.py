@@ -486,7 +486,7 @@ class AlgorithmicConfig:
     lr: float = 1e-2
     noise: float = .01                    # on the principal directions that compression starts from
     n_sequences: int = 3125               # inputs measured, a random choice of those of length five
-    default: SAEConfig = SAEConfig()
+    default: SAEConfig = SAEConfig.quick()
     released: SAEConfig = SAEConfig.released()
     l1s: tuple = (.15, .6, 2.4, 9.6)      # penalties of the distortion curve
     distortion: float = .05               # FVU at which networks are compared
@@ -500,7 +500,7 @@ class AlgorithmicConfig:
         if not 0 < self.distortion < 1: raise ValueError(f"distortion must lie between 0 and 1, got {self.distortion}")
 
 SCALES = dict(
-    smoke=AlgorithmicConfig(("reverse",), (12, 4), n_seeds=1, compress_steps=40, scratch_steps=40, n_sequences=60, default=SAEConfig(steps=30, max_rounds=2, refine_steps=12),
+    smoke=AlgorithmicConfig(("reverse",), (12, 4), n_seeds=1, compress_steps=40, scratch_steps=40, n_sequences=60, default=SAEConfig.quick(steps=30, max_rounds=2, refine_steps=12),
                             released=SAEConfig.released(epochs=3)),
     laptop=AlgorithmicConfig(widths=(40, 32, 24, 16, 12, 10, 8, 6, 4, 3, 2), compress_steps=1000, scratch_steps=1000, n_sequences=200, released=SAEConfig.released(epochs=200)),
     paper=AlgorithmicConfig())

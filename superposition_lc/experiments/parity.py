@@ -134,7 +134,7 @@ _L1S = (.01, .1, 1., 10.)
 def _estimators(epochs=300, **changes):
     "(name, setting, penalties) of Fig. 4a."
     return (("released", SAEConfig.released(epochs=epochs), _L1S), ("ours", SAEConfig(kind="relu", **changes), _L1S),
-            ("default", SAEConfig(**changes), (SAEConfig().l1,)))
+            ("default", SAEConfig.quick(**changes), (SAEConfig.quick().l1,)))
 
 # %% ../../nbs/experiments/11_parity.ipynb #e85eea2c
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Cell(Training):
     "A network and how it is measured."
     n_samples: int = 10_000        # images, and samples a layer, that are measured
     sae_seeds: int = 3
-    default: SAEConfig = field(default_factory=SAEConfig)
+    default: SAEConfig = field(default_factory=SAEConfig.quick)
     released: SAEConfig = field(default_factory=SAEConfig.released)
     octaves: tuple = tuple(range(-4, 7))  # the curve of F against FVU: penalties of 2^o times the default's
 
@@ -369,7 +369,7 @@ def run(config:SweepConfig=SweepConfig(),
     return tidy(cells, run_cells(measure_cell, cells, store, VERSION, progress=progress, given=given).complete(), config.fvu)
 
 # %% ../../nbs/experiments/16_sweep.ipynb #55b2991c
-_QUICK = dict(default=SAEConfig(expansion=4, steps=100, max_rounds=2, refine_steps=100, warmup=30), released=SAEConfig.released(epochs=20))
+_QUICK = dict(default=SAEConfig.quick(expansion=4, steps=100, max_rounds=2, refine_steps=100, warmup=30), released=SAEConfig.released(epochs=20))
 _LAPTOP = Cell(n_train=1500, n_test=500, attack_steps=5, eval_steps=10, autoattack=50, autoattack_steps=20, epochs=8, n_samples=1500, sae_seeds=1,
                octaves=(-2, 0, 1, 2, 3, 4), released=SAEConfig.released(epochs=400))
 _PAPER = Cell(attack_steps=40, eval_steps=40, autoattack=1000, epochs=100, lr=.01, batch_size=256)

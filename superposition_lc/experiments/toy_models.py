@@ -193,7 +193,7 @@ class ToyConfig:
 SCALES = dict(
     smoke=ToyConfig(n_models=12, steps=1000, n_samples=500, n_seeds=2, estimators=_estimators(5, SAEConfig(steps=50, max_rounds=2, refine_steps=30)),
                     sweep_models=6, l1s=(.1, 10.), widths=(4, 8), expansions=(2, 8)),
-    laptop=ToyConfig(steps=2000, estimators=_estimators(50), sweep_models=25),
+    laptop=ToyConfig(steps=6000, estimators=_estimators(50), sweep_models=25),
     paper=ToyConfig())
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #24634ff6
