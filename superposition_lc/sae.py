@@ -10,8 +10,11 @@ __all__ = ['DENSE', 'SAEConfig', 'SparseAutoencoder', 'energy_scale', 'sae_gradi
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 import pandas as pd
 import torch
@@ -478,21 +481,35 @@ def _fit(x, members, tick):
         if len(stay) < len(alive): alive = [alive[j] for j in stay]; t.keep(stay)
 
 # %% ../nbs/core/05_sae.ipynb #deadb85f
-_CACHED = 2**17 # codes that are refined at once
+_CACHED = 2**15  # codes that are refined at once, at four rows a neuron
+
+def _in_threads(work, parts, device):
+    "`work` of each part, side by side on the cores: small products keep one core busy, not two."
+    n = torch.get_num_threads()
+    if min(n, len(parts)) < 2 or device.type != "cpu": return [work(p) for p in parts]
+    def alone(p):
+        torch.set_num_threads(1)  # of this thread
+        return work(p)
+    try:
+        with ThreadPoolExecutor(n) as pool: return list(pool.map(alone, parts))
+    finally: torch.set_num_threads(n)
 
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
-    config, refined = members[0].config, {}
+    c, lock = members[0].config, Lock()
     sound = [i for i, s in enumerate(saes) if s.weight.isfinite().all()]
-    size = max(1, _CACHED // (2 * config.batch_size * saes[0].n_features))
-    for part in (sound[i:i + size] for i in range(0, len(sound), size)):
+    size = max(1, _CACHED // (8 * c.batch_size * x.shape[-1]))
+    def ticking(n):
+        with lock: tick(n)
+    @torch.no_grad()
+    def refined(part):
         usage = torch.stack([saes[i].encode(x[members[i].data, :_PROBE]).mean(0) for i in part])
-        W = refine([x[members[i].data] for i in part], torch.stack([saes[i].weight.data for i in part]), usage,
-                   torch.tensor([members[i].config.l1 for i in part]), [members[i].seed for i in part],
-                   config.refine_steps, 2 * config.batch_size, tick=tick, grow=config.grow)
-        refined |= zip(part, W)
-    return [_lasso(s, refined.get(i), m.config.l1 / 4) for i, (s, m) in enumerate(zip(saes, members))]
+        return refine([x[members[i].data] for i in part], torch.stack([saes[i].weight.data for i in part]), usage, torch.tensor([members[i].config.l1 for i in part]),
+                      [members[i].seed for i in part], c.refine_steps, 2 * c.batch_size, tick=ticking, grow=c.grow)
+    parts = [sound[i:i + size] for i in range(0, len(sound), size)]
+    rows = dict(zip(sound, chain(*_in_threads(refined, parts, x.device))))
+    return [_lasso(s, rows.get(i), m.config.l1 / 4) for i, (s, m) in enumerate(zip(saes, members))]
 
 def _lasso(s, W, penalty):
     "An autoencoder of the shape of `s` with lasso codes; all NaN where W is None."

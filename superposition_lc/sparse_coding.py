@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
 # %% ../nbs/core/04_sparse_coding.ipynb #46a31b05
+_CACHED = 2**17  # codes found at once: more are slower
+
 def step_bound(W:Tensor, # (K, D, N) dictionaries
               )->Tensor: # (K, 1, 1) bound on the curvature of |x - zW|^2
     "Lipschitz constant of the gradient, with a margin of a tenth for a dictionary that moves a little."
@@ -29,7 +31,11 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
                  bound:Tensor|None=None, # `step_bound(W)`, where it is known
                 )->Tensor:          # (K, B, D) codes >= 0
     "Nonnegative lasso codes by FISTA; no gradient flows through them."
-    bound = step_bound(W) if bound is None else bound
+    bound, size = step_bound(W) if bound is None else bound, max(64, _CACHED // W[..., 0].numel())
+    if x.shape[1] > size:
+        of_each = isinstance(penalty, Tensor) and penalty.ndim == 3 and penalty.shape[1] > 1
+        return torch.cat([sparse_codes(x[:, i:i + size], W, penalty[:, i:i + size] if of_each else penalty, iterations, None if start is None else start[:, i:i + size], bound)
+                          for i in range(0, x.shape[1], size)], 1)
     x, W = x.mT.contiguous(), W.mT.contiguous()  # samples on the last axis: products are faster so
     z = x.new_zeros(len(x), W.shape[2], x.shape[2]) if start is None else start.mT.clone()
     shrink = (penalty.mT if isinstance(penalty, Tensor) and penalty.ndim == 3 else penalty) / bound
@@ -59,6 +65,7 @@ def detour(W:Tensor,     # (K, D, N) dictionaries with rows of norm 1 (or 0)
 
 # %% ../nbs/core/04_sparse_coding.ipynb #cc28887c
 USED, DETOUR = 0.01, 1.6  # rows used less than this fraction of the typical, or with a shorter detour, are dropped
+_SPARED = 1.5  # codes a sample that a row must save, or it can go
 _LEAN = 1.15  # how much more error the smaller dictionary may have
 _PLAIN, _DEAR = 1.5, 1.25  # or, with so few rows a neuron, how much higher a cost
 
@@ -123,7 +130,7 @@ def _necessity(x, z, W, price, bound, tau, m=16):
     (K, D, N), m = W.shape, min(m, x.shape[1])
     fires, size, cost = z.mT > tau, _size(z), _cost(x, z, W, tau)
     found = (fires * torch.arange(x.shape[1], 0, -1, device=x.device)).topk(m, dim=2)  # the first m samples of each row
-    out, step = [], max(1, 2**24 // (K * m * D))
+    out, step = [], max(1, _CACHED // (K * m * D))
     for rows in torch.arange(D, device=x.device).split(step):
         ids = found.indices[:, rows].flatten(1)[..., None]
         take = lambda t: t.gather(1, ids.expand(-1, -1, t.shape[2]))
@@ -141,7 +148,7 @@ def _dispensable(x, W, usage, l1, tau, best, slack):
     tau = torch.where(tau.isnan(), .2 * _size(z), tau)  # the same from the first time on
     best = torch.minimum(best, _cost(x, z, W, tau).mean(1))
     need = _necessity(x, z, W, price, bound, tau).masked_fill(usage <= 0, math.inf)
-    n = ((need < .5).sum(1)).minimum((.1 * (usage > 0).sum(1)).ceil())
+    n = ((need < _SPARED).sum(1)).minimum((.1 * (usage > 0).sum(1)).ceil())
     rank = need.argsort(dim=1).argsort(dim=1)
     could = rank < n[:, None]
     bad = n > 0
@@ -186,6 +193,7 @@ class _Search:
         self.W, self.l1, self.owner = W, l1, torch.arange(len(W), device=W.device)
         self.usage = sparse_codes(self.draw(1024), W, l1[..., None], 20).mean(1)
         self.m, self.v, self.bound = torch.zeros_like(W), torch.zeros_like(W), step_bound(W)
+        self.probe = self.draw(1024)  # the same for every trial of dropping rows, so that trials compare
         self.tau, self.best, self.slack = l1[..., None] * math.nan, l1[:, 0] + math.inf, torch.full_like(l1[:, 0], 1.03)
 
     def draw(self, n): return torch.stack([a[torch.randint(len(a), (n,), generator=g).to(a.device)] for a, g in zip(self.alive, self.generators)])
@@ -212,7 +220,7 @@ def _add(s, x):
 
 def _drop(s):
     "Dispensable rows go; a member that may not lose all of them gets a lean copy that does."
-    could, go, s.tau, s.best = _dispensable(s.draw(1024), s.W, s.usage, s.l1 / 4, s.tau, s.best, s.slack)
+    could, go, s.tau, s.best = _dispensable(s.probe[s.owner], s.W, s.usage, s.l1 / 4, s.tau, s.best, s.slack)
     has_copy = torch.bincount(s.owner, minlength=len(could)) > 1
     i = ((could != go).any(1) & ~has_copy & s.slack.isfinite()).nonzero()[:, 0]
     for name in ("W", "usage", "m", "v", "l1", "tau", "best", "owner"): setattr(s, name, torch.cat([getattr(s, name), getattr(s, name)[i]]))
