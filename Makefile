@@ -28,7 +28,7 @@ demo: .venv/run
 	$(BIN)/superposition-lc demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal  # a process a core
 
 bench: .venv/run
 	$(BIN)/python benchmarks/bench.py

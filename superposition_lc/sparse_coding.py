@@ -32,13 +32,14 @@ def sparse_codes(x:Tensor,          # (K, B, N) scaled activations
                 )->Tensor:          # (K, B, D) codes >= 0
     "Nonnegative lasso codes by FISTA; no gradient flows through them."
     bound, size = step_bound(W) if bound is None else bound, max(64, _CACHED // W[..., 0].numel())
+    penalty = torch.as_tensor(penalty).to(x)
+    penalty = penalty[(None,) * (3 - penalty.ndim)]
     if x.shape[1] > size:
-        of_each = isinstance(penalty, Tensor) and penalty.ndim == 3 and penalty.shape[1] > 1
-        return torch.cat([sparse_codes(x[:, i:i + size], W, penalty[:, i:i + size] if of_each else penalty, iterations, None if start is None else start[:, i:i + size], bound)
-                          for i in range(0, x.shape[1], size)], 1)
+        part = lambda t, i: t if t is None or t.shape[1] == 1 else t[:, i:i + size]
+        return torch.cat([sparse_codes(part(x, i), W, part(penalty, i), iterations, part(start, i), bound) for i in range(0, x.shape[1], size)], 1)
     x, W = x.mT.contiguous(), W.mT.contiguous()  # samples on the last axis: products are faster so
     z = x.new_zeros(len(x), W.shape[2], x.shape[2]) if start is None else start.mT.clone()
-    shrink = (penalty.mT if isinstance(penalty, Tensor) and penalty.ndim == 3 else penalty) / bound
+    shrink = penalty.mT / bound
     y, t, V = z.clone(), 1., W.mT * (2 / bound)
     r, new = torch.empty_like(x), torch.empty_like(z)
     for _ in range(iterations):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core: threads would wait for each other
 
 import pytest
 from hypothesis import settings

@@ -152,7 +152,7 @@ class AdversarialConfig:
     batch_size: int = 64
     seed: int = 0
     sae_seeds: int = 3
-    estimator: SAEConfig = field(default_factory=SAEConfig)
+    estimator: SAEConfig = field(default_factory=SAEConfig.quick)
 
     def __post_init__(self):
         if not self.eps or not all(0 <= e < math.inf for e in self.eps) or len(set(self.eps)) < len(self.eps): raise ValueError(f"eps must be different radii >= 0, got {self.eps}")

@@ -100,7 +100,7 @@ class Crosscode:
     def plot(self, ax=None): return plot_norms(self.features, self.bound, ax)
 
 def crosscode_pairs(pairs:Mapping,                # {name: (a, b)}, activations as for `crosscode`
-                    config:SAEConfig=SAEConfig(), # the estimator
+                    config:SAEConfig=SAEConfig.quick(), # the estimator
                     seeds:int|Sequence[int]=1,    # crosscoders a pair
                     bound:float=EXCLUSIVE,        # relative norm up to which a feature counts as one network's alone, below 1/2
                     progress:bool=True)->dict:    # {name: Crosscode}
@@ -122,7 +122,7 @@ def crosscode_pairs(pairs:Mapping,                # {name: (a, b)}, activations 
 # %% ../../nbs/experiments/17_crosscoder.ipynb #4e9eb20f
 def crosscode(a:Tensor|Activations, # (S, N) activations of one network
               b:Tensor|Activations, # (S, M) of the other, on the same inputs in the same order
-              config:SAEConfig=SAEConfig(), seeds:int|Sequence[int]=1, bound:float=EXCLUSIVE, progress:bool=True)->Crosscode:
+              config:SAEConfig=SAEConfig.quick(), seeds:int|Sequence[int]=1, bound:float=EXCLUSIVE, progress:bool=True)->Crosscode:
     "Which features two networks share, and which each has alone (Lindsey et al. 2024); ValueError: samples that cannot be the same."
     return crosscode_pairs({"": (a, b)}, config, seeds, bound, progress)[""]
 
