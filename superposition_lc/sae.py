@@ -494,6 +494,14 @@ def _in_threads(work, parts, device):
         with ThreadPoolExecutor(n) as pool: return list(pool.map(alone, parts))
     finally: torch.set_num_threads(n)
 
+def _lasso(s, W, penalty):
+    "An autoencoder of the shape of `s` with lasso codes; all NaN where W is None."
+    with torch.random.fork_rng(devices=[]): sae = SparseAutoencoder(s.n_neurons, s.n_features, lasso=True).to(s.weight)
+    sae.weight.data.copy_(torch.full_like(s.weight, math.nan) if W is None else W)
+    sae.penalty.fill_(penalty)
+    return sae
+
+# %% ../nbs/core/05_sae.ipynb #6c1f0e52
 @torch.no_grad()
 def _refined(saes, x, members, tick):
     "The members with refined rows and lasso codes; one that has diverged stays as it is, all NaN."
@@ -510,13 +518,6 @@ def _refined(saes, x, members, tick):
     parts = [sound[i:i + size] for i in range(0, len(sound), size)]
     rows = dict(zip(sound, chain(*_in_threads(refined, parts, x.device))))
     return [_lasso(s, rows.get(i), m.config.l1 / 4) for i, (s, m) in enumerate(zip(saes, members))]
-
-def _lasso(s, W, penalty):
-    "An autoencoder of the shape of `s` with lasso codes; all NaN where W is None."
-    with torch.random.fork_rng(devices=[]): sae = SparseAutoencoder(s.n_neurons, s.n_features, lasso=True).to(s.weight)
-    sae.weight.data.copy_(torch.full_like(s.weight, math.nan) if W is None else W)
-    sae.penalty.fill_(penalty)
-    return sae
 
 # %% ../nbs/core/05_sae.ipynb #50a7f6d4
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64

@@ -21,7 +21,7 @@ from superposition_lc.rate_distortion import RateCurve, RateDistortion, area_bet
 from superposition_lc.sae import SAEConfig
 
 module = importlib.import_module("superposition_lc.rate_distortion")  # the package's attribute of this name is the function
-SMOKE = SAEConfig(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=60)
+SMOKE = SAEConfig.quick(expansion=4, steps=100, max_rounds=2, warmup=20, refine_steps=60)
 RELU = replace(SMOKE, kind="relu")
 X = planted_activations(12, 8, 500).activations
 COLUMNS = "layer l1 seed n_neurons effective_features stderr df shift fvu l0 dead_fraction converged warning".split()
@@ -278,7 +278,7 @@ def test_the_row_of_the_configured_penalty_is_the_measurement(retrain):
     r, m = traced(X, [.1, SMOKE.l1, 3.], retrain=retrain), measure_activations(X, SMOKE, 2, progress=False)
     rows = r.table[r.table.l1 == SMOKE.l1]
     for c in ("effective_features", "stderr", "fvu", "l0", "dead_fraction"):
-        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=1e-2), c
+        assert rows[c].tolist() == pytest.approx(m.per_seed[c].tolist(), rel=1e-3), c
     assert r.settings["retrain"] is retrain
 
 

@@ -48,7 +48,7 @@ def test_scales():
     assert {(c.width, c.eps) for c in cells["paper"]} == {(w, e) for w in (.25, .5, 1, 2) for e in (0, .01, .02, .03)} and len(cells["paper"]) == 48
     assert {(c.dataset, c.n_train, c.epochs, c.lr, c.attack_steps, c.n_classes) for c in cells["paper"]} == {("cifar10", None, 200, .1, 10, 10)}
     assert {(c.dataset, c.width, c.eps) for c in cells["laptop"]} == {("cifar10_4000", w, e) for w in (.125, .25) for e in (0, .03)} and len(cells["laptop"]) == 12
-    assert all(c.default == SAEConfig() for name in ("laptop", "paper") for c in cells[name])
+    assert all(c.default == SAEConfig.quick() for name in ("laptop", "paper") for c in cells[name])
     assert "resnet18" not in {c.architecture for s in sweep.SCALES.values() for c in s.cells()}
 
 

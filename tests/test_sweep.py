@@ -362,7 +362,7 @@ def test_scales():
     paper = SCALES["paper"].cells()
     assert {c.architecture for c in paper} == {*ARCHITECTURES} - {"resnet18"} and {c.n_classes for c in paper if c.dataset == "mnist"} == {2, 3, 5, 10}
     assert {c.eps for c in paper} == {0, .1, .2, .3} and {(c.epochs, c.lr) for c in paper} == {(100, .01)}
-    assert all(c.default == SAEConfig() and c.released == SAEConfig.released() for c in paper) and all(c.default == SAEConfig() for c in SCALES["laptop"].cells())
+    assert all(c.default == SAEConfig.quick() and c.released == SAEConfig.released() for c in paper) and all(c.default == SAEConfig.quick() for c in SCALES["laptop"].cells())
 
 
 @pytest.mark.parametrize("bad, says", [(dict(eps=-.1), "eps must be a finite number >= 0, got -0.1"), (dict(eps=math.nan), "eps must"), (dict(width=0), "width must be positive"), (dict(epochs=0), "epochs"),
