@@ -52,9 +52,7 @@ class SAEConfig:
     tolerance: float = 0.03       # converged: the last doubling moved F by less than this fraction
     epochs: int | None = None     # instead of rounds: constant rate, at most so many epochs
     patience: int = 10            # with `epochs`: stop when the loss has not fallen for so many epochs
-    def __post_init__(self):
-        if self.kind != "sparse_coding": object.__setattr__(self, "grow", False)
-        _check_config(self)
+    def __post_init__(self): _check_config(self)
     @classmethod
     def released(cls, **changes)->"SAEConfig":
         "The published setting (paper, Section 3.2 and its code): 4x, l1 0.1 on means, free rows, raw scale."
@@ -72,6 +70,7 @@ class SAEConfig:
 
 # %% ../nbs/core/05_sae.ipynb #2c92d464
 def _check_config(c):
+    if c.kind != "sparse_coding": object.__setattr__(c, "grow", False)
     def need(ok, name, what): 
         if not ok: raise ValueError(f"SAEConfig.{name} must be {what}, got {getattr(c, name)!r}")
     finite = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
