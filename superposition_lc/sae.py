@@ -61,7 +61,7 @@ class SAEConfig:
 
     @classmethod
     def quick(cls, **changes)->"SAEConfig":
-        "Without the search for missing and dispensable rows, in a third to a half of the time: enough up to two features a neuron, where codes are sparse."
+        "Without the search for missing and dispensable rows, in less time: enough up to two features a neuron, where codes are sparse."
         return cls(**{**dict(grow=False), **changes})
 
     def n_features(self, n_neurons:int)->int:

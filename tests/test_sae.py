@@ -511,6 +511,18 @@ def test_the_search_counts_what_is_left_out_without_it():
     assert quick < .95 and abs(searched - 1) < .03
 
 
+def test_members_side_by_side_are_members_one_by_one():
+    "As many threads as one likes, which are as many afterwards."
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(fit(config=replace(LASSO, refine_steps=60), seeds=12).sae.weight)
+            assert torch.get_num_threads() == n
+    finally: torch.set_num_threads(threads)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
 def test_refined_rows_are_on_the_sphere_or_gone():
     "Rows that are features come first; the others are zero and silent."
     t = fit(config=replace(LASSO, refine_steps=200), seeds=2)

@@ -137,3 +137,13 @@ def test_growing_is_deterministic_and_a_stack_is_its_members():
     both = refine([x, dense], start.expand(2, -1, -1), None, .6, [5, 6], steps=360, grow=True)
     assert one.equal(again)
     torch.testing.assert_close(both[0], one[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (5000, 20), (3, 1, 20), (3, 5000, 20)])
+def test_codes_of_many_samples_are_those_of_few(shape):
+    "They are found in pieces; a penalty may be of any shape that broadcasts."
+    g = torch.Generator().manual_seed(0)
+    x, W, penalty = torch.randn(3, 5000, 8, generator=g), torch.nn.functional.normalize(torch.randn(3, 20, 8, generator=g), dim=-1), torch.rand(shape, generator=g)
+    few = slice(4000, 4060)
+    part = penalty[..., few, :] if 5000 in shape else penalty
+    torch.testing.assert_close(sparse_codes(x, W, penalty, 30)[:, few], sparse_codes(x[:, few], W, part, 30), rtol=1e-4, atol=1e-5)
