@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .entropy import ShareAccumulator, effective_features, feature_shares
 from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import atomic_path, progress_bar
-from .sparse_coding import refine, sparse_codes
+from .sparse_coding import refine, row_prices, sparse_codes
 
 # %% ../nbs/core/05_sae.ipynb #b8099db9
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class SparseAutoencoder(nn.Module):
         self.decoder = None if tied else nn.Parameter(self.weight.detach().clone())
         self.decoder_bias = None if tied else nn.Parameter(zeros(n_neurons))
         self.register_buffer("scale", zeros() + 1)
-        if lasso: self.register_buffer("penalty", zeros() + 0.15)
+        if lasso: self.register_buffer("penalty", zeros(n_features) + 0.15)
         if kind: kind.add(self, zeros)
 
     def encode(self, x:Tensor)->Tensor:
@@ -162,9 +162,9 @@ _SILENT = 1e-3  # lasso codes below this, in scaled units, have not quite reache
 
 def _lasso_codes(sae, x):
     "Codes of scaled activations; rows of zeros, which `refine` puts last, cost nothing."
-    W, penalty = sae.weight.view(-1, sae.n_features, sae.n_neurons), sae.penalty.view(-1, 1, 1)
+    W, penalty = sae.weight.view(-1, sae.n_features, sae.n_neurons), sae.penalty.view(-1, 1, sae.n_features)
     used = int(W.detach().any(-1).any(0).cumsum(0).argmax()) + 1  # up to the last row that is not zero
-    z = sparse_codes((x if sae.stack else x.reshape(1, -1, sae.n_neurons)).expand(len(W), -1, -1), W[:, :used], penalty)
+    z = sparse_codes((x if sae.stack else x.reshape(1, -1, sae.n_neurons)).expand(len(W), -1, -1), W[:, :used], penalty[..., :used])
     z = nn.functional.pad(z.where(~(z <= _SILENT), 0), (0, sae.n_features - used))
     return z if sae.stack else z.view(*x.shape[:-1], sae.n_features)
 
@@ -493,11 +493,12 @@ def _in_threads(work, parts, device):
         with ThreadPoolExecutor(n) as pool: return list(pool.map(alone, parts))
     finally: torch.set_num_threads(n)
 
-def _lasso(s, W, penalty):
-    "An autoencoder of the shape of `s` with lasso codes; all NaN where W is None."
+def _lasso(s, rows):
+    "An autoencoder of the shape of `s` with lasso codes; all NaN without `rows`: directions, penalties."
     with torch.random.fork_rng(devices=[]): sae = SparseAutoencoder(s.n_neurons, s.n_features, lasso=True).to(s.weight)
-    sae.weight.data.copy_(torch.full_like(s.weight, math.nan) if W is None else W)
-    sae.penalty.fill_(penalty)
+    W, penalty = rows or (torch.full_like(s.weight, math.nan), sae.penalty)
+    sae.weight.data.copy_(W)
+    sae.penalty.copy_(penalty)
     return sae
 
 # %% ../nbs/core/05_sae.ipynb #6c1f0e52
@@ -511,12 +512,15 @@ def _refined(saes, x, members, tick):
         with lock: tick(n)
     @torch.no_grad()
     def refined(part):
-        usage = torch.stack([saes[i].encode(x[members[i].data, :_PROBE]).mean(0) for i in part])
-        return refine([x[members[i].data] for i in part], torch.stack([saes[i].weight.data for i in part]), usage, torch.tensor([members[i].config.l1 for i in part]),
-                      [members[i].seed for i in part], c.refine_steps, 2 * c.batch_size, tick=ticking, grow=c.grow)
+        data, l1 = [x[members[i].data] for i in part], torch.tensor([members[i].config.l1 for i in part])
+        probe = torch.stack([d[:_PROBE] for d in data])
+        usage = torch.stack([saes[i].encode(d).mean(0) for i, d in zip(part, probe)])
+        W = refine(data, torch.stack([saes[i].weight.data for i in part]), usage, l1, [members[i].seed for i in part], c.refine_steps, 2 * c.batch_size, tick=ticking, grow=c.grow)
+        price = l1[:, None, None].to(W) / 4
+        return zip(W, (row_prices(probe, W, price[..., 0]) if c.grow else price)[:, 0].expand(W.shape[:2]))
     parts = [sound[i:i + size] for i in range(0, len(sound), size)]
     rows = dict(zip(sound, chain(*_in_threads(refined, parts, x.device))))
-    return [_lasso(s, rows.get(i), m.config.l1 / 4) for i, (s, m) in enumerate(zip(saes, members))]
+    return [_lasso(s, rows.get(i)) for i, s in enumerate(saes)]
 
 # %% ../nbs/core/05_sae.ipynb #50a7f6d4
 def check_activations(x:Tensor, # (S, N) or (L, S, N), float32 or float64

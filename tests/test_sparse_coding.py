@@ -5,7 +5,8 @@ import torch
 from scipy.optimize import nnls
 
 from superposition_lc.data import planted_activations
-from superposition_lc.sparse_coding import _pack, detour, refine, sparse_codes, step_bound
+from superposition_lc import sparse_coding
+from superposition_lc.sparse_coding import _pack, _pursue, detour, refine, row_prices, sparse_codes, step_bound
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -147,3 +148,53 @@ def test_codes_of_many_samples_are_those_of_few(shape):
     few = slice(4000, 4060)
     part = penalty[..., few, :] if 5000 in shape else penalty
     torch.testing.assert_close(sparse_codes(x, W, penalty, 30)[:, few], sparse_codes(x[:, few], W, part, 30), rtol=1e-4, atol=1e-5)
+
+
+def found(W, p): return (W @ p.directions.T).amax(0)  # how close the nearest row comes to each planted direction
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pursuit_finds_independent_components(seed):
+    "As many features as neurons: independent component analysis, where all directions are found; scale and mean do not matter."
+    p = planted_activations(8, 8, 8000, activity=.1, seed=seed)
+    W, moved = (_pursue(x[None], [torch.Generator().manual_seed(seed)])[0] for x in (p.activations, 100 * p.activations + 3))
+    assert found(W, p).min() > .98 and found(moved, p).min() > .98
+
+
+def test_pursuit_of_a_stack_is_that_of_its_members():
+    "Alone or beside others, all directions are found; of silent activations there are none."
+    ps = [planted_activations(8, 8, 4000, activity=.1, seed=s) for s in (0, 1)]
+    W = _pursue(torch.stack([p.activations for p in ps] + [torch.zeros(4000, 8)]), [torch.Generator().manual_seed(s) for s in range(3)])
+    for k, p in enumerate(ps):
+        alone = _pursue(p.activations[None], [torch.Generator().manual_seed(k)])[0]
+        assert found(alone, p).min() > .97 and found(W[k], p).min() > .97
+    assert not W[2].any()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_crowded_layer_is_searched_again(seed, monkeypatch):
+    "64 features in 16 neurons, 6 of them active at once: the first search misses many directions, the second finds nearly all."
+    p = planted_activations(64, 16, 10_000, activity=.1, seed=seed)
+    x, start = p.activations / p.activations.square().mean().sqrt(), unit(1, 128, 16, dtype=torch.float32)
+    again = refine([x], start, None, .6, [seed], grow=True)[0]
+    monkeypatch.setattr(sparse_coding, "_CROWDED", torch.inf)
+    once = refine([x], start, None, .6, [seed], grow=True)[0]
+    assert (found(again, p) > .95).float().mean() > .85 and (found(once, p) > .95).float().mean() < .75
+
+
+def test_a_sparse_layer_is_searched_once(monkeypatch):
+    "No second search, whatever it would bring, where few features are active at once."
+    p = planted_activations(32, 16, 2000, activity=.03)
+    monkeypatch.setattr(sparse_coding, "_pursue", lambda *_: pytest.fail("a second search"))
+    W = refine([p.activations / p.activations.square().mean().sqrt()], p.directions[None], None, .6, [0], steps=180, grow=True)[0]
+    assert found(W, p).min() > .98
+
+
+def test_prices_rise_for_rows_that_are_hardly_used():
+    "Of rows used the same, each pays the same; a row of zeros pays too, and is not in the way."
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(3000, 6, generator=g) * (torch.rand(3000, 6, generator=g) < torch.tensor([.2, .2, .2, .2, .02, .002]))
+    W = torch.cat([torch.eye(6), torch.zeros(3, 6)])[None]
+    price = row_prices(z[None], W, .1)[0, 0]
+    assert (price[:4] / .1 - 1).abs().max() < .1 and price[3] < .9 * price[4] < .8 * price[5] and (price <= .4001).all()
+    torch.testing.assert_close(row_prices(z.expand(2, -1, -1), W.expand(2, -1, -1), torch.tensor([[.1], [.2]]))[0, 0], price)
