@@ -168,7 +168,7 @@ TOO_WIDE = """document.documentElement.scrollWidth <= document.documentElement.c
 
 
 def test_pages_in_a_browser(browser, url, notebook_pages):
-    "No errors in the console, equations drawn, figures loaded, nothing wider than a phone."
+    "No errors in the console, equations drawn, figures loaded, nothing wider than a desktop's window or a phone."
     problems = []
     for name, soup in notebook_pages.items():
         resize(browser, 1280)
@@ -179,6 +179,7 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
             problems += [f"{name}: equation {tex}" for tex in browser.execute_script(f"return {BAD_MATH}")]
         empty = "[...document.querySelectorAll('article img')].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
         problems += [f"{name}: image {src}" for src in browser.execute_script(f"return {empty}")]
+        problems += [f"{name}: too wide for a desktop: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
         resize(browser, PHONE)
         problems += [f"{name}: too wide: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
         problems += [f"{name}: {entry['message']}" for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
