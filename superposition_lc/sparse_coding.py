@@ -142,13 +142,13 @@ def _necessity(x, z, W, price, bound, tau, m=16):
         out.append((extra.view(K, -1, m) * (found.values[:, rows] > 0)).sum(2))
     return torch.cat(out, 1) / (found.values > 0).sum(2).clamp_min(1)
 
-def _dispensable(x, W, usage, l1, tau, best, slack):
+def _dispensable(x, W, usage, l1, tau, best, slack, handicap=0):
     "Rows that could go, the least necessary ones; of them those without which samples cost at most `slack` times the best so far; tau; that best."
     price, bound = _price(usage, l1), step_bound(W)
     z = _codes(x, W, price, bound, 40)
     tau = torch.where(tau.isnan(), .2 * _size(z), tau)  # the same from the first time on
     best = torch.minimum(best, _cost(x, z, W, tau).mean(1))
-    need = _necessity(x, z, W, price, bound, tau).masked_fill(usage <= 0, math.inf)
+    need = (_necessity(x, z, W, price, bound, tau) + handicap).masked_fill(usage <= 0, math.inf)
     n = ((need < _SPARED).sum(1)).minimum((.1 * (usage > 0).sum(1)).ceil())
     rank = need.argsort(dim=1).argsort(dim=1)
     could = rank < n[:, None]
@@ -188,14 +188,15 @@ def _ramp(f, start, end): return min(1, max(0, (f - start) / (end - start)))  # 
 # %% ../nbs/core/04_sparse_coding.ipynb #6be3f1a9
 class _Search:
     "K dictionaries that learn. With `grow`, rows are added and dispensable ones go; where that is limited, a lean copy goes on without the limit."
-    def __init__(self, x, seeds, W, l1):
+    def __init__(self, x, seeds, W, l1, again=False):
+        self.again = again  # a second search: adds no rows, and drops light-tailed ones first
         self.alive = [a[a.square().sum(1) > 1e-6] for a in x]  # silent samples teach nothing
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.W, self.l1, self.owner = W, l1, torch.arange(len(W), device=W.device)
         self.usage = sparse_codes(self.draw(1024), W, l1[..., None], 20).mean(1)
         self.m, self.v, self.bound = torch.zeros_like(W), torch.zeros_like(W), step_bound(W)
         self.probe = self.draw(1024)  # the same for every trial of dropping rows, so that trials compare
-        self.tau, self.best, self.slack = l1[..., None] * math.nan, l1[:, 0] + math.inf, torch.full_like(l1[:, 0], 1.03)
+        self.tau, self.best, self.slack = l1[..., None] * math.nan, l1[:, 0] + math.inf, torch.full_like(l1[:, 0], 1.01 if again else 1.03)
 
     def draw(self, n): return torch.stack([a[torch.randint(len(a), (n,), generator=g).to(a.device)] for a, g in zip(self.alive, self.generators)])
 
@@ -221,7 +222,8 @@ def _add(s, x):
 
 def _drop(s):
     "Dispensable rows go; a member that may not lose all of them gets a lean copy that does."
-    could, go, s.tau, s.best = _dispensable(s.probe[s.owner], s.W, s.usage, s.l1 / 4, s.tau, s.best, s.slack)
+    handicap = _handicap(s.draw(2**14), s.W) if s.again else 0
+    could, go, s.tau, s.best = _dispensable(s.probe[s.owner], s.W, s.usage, s.l1 / 4, s.tau, s.best, s.slack, handicap)
     has_copy = torch.bincount(s.owner, minlength=len(could)) > 1
     i = ((could != go).any(1) & ~has_copy & s.slack.isfinite()).nonzero()[:, 0]
     for name in ("W", "usage", "m", "v", "l1", "tau", "best", "owner"): setattr(s, name, torch.cat([getattr(s, name), getattr(s, name)[i]]))
@@ -280,6 +282,14 @@ def _pursue(x, generators, rounds=6, iterations=10):
         found, push = (t[:, :8 * N] for t in _pack(fresh, found, push))
     return normalize(found @ back, dim=-1)
 
+# %% ../nbs/core/04_sparse_coding.ipynb #5e1a7b2a
+def _handicap(x, W):
+    "(K, D) 0, or less for rows along which activations have a lighter tail than along half of the rows."
+    y, back = _whitened(x)
+    height = _tail(y, normalize(W @ torch.linalg.inv(back), dim=-1))[2][..., 0]
+    typical = height.masked_fill(~W.any(-1), math.nan).nanmedian(1, keepdim=True).values
+    return 2 * (height / typical).clamp(1e-3, 1).log()
+
 # %% ../nbs/core/04_sparse_coding.ipynb #5e1a7b24
 @torch.no_grad()
 def row_prices(x:Tensor,        # (K, S, N) scaled activations
@@ -292,7 +302,8 @@ def row_prices(x:Tensor,        # (K, S, N) scaled activations
     for _ in range(2): price = _price(pad(sparse_codes(x, W[:, :used], price[..., :used], 50).mean(1), (0, W.shape[1] - used)), l1)
     return price
 
-_CROWDED, _BETTER = .25, .95  # codes a neuron from which on there is a second search; the cost at which it wins
+_CROWDED = .25  # codes a neuron from which on there is a second search
+_BETTER, _NO_WORSE = .95, 1.05  # the cost at which it wins; and at which it wins over a plain dictionary
 
 def _judged(x, W, l1, tau): # codes a sample, cost a sample: (K,) each
     z = _codes(x, W, row_prices(x, W, l1), step_bound(W), 40)
@@ -309,15 +320,15 @@ def _start_again(s, W, x, seeds, learn):
     generators = [torch.Generator().manual_seed(seeds[j]) for j in i]
     n = min(512 * N, 2**16, *(len(s.alive[j]) for j in i))
     start = torch.stack([s.alive[j][torch.randperm(len(s.alive[j]), generator=g)[:n].to(W.device)] for j, g in zip(i, generators)])
-    V = learn(_Search([x[j] for j in i], [seeds[j] for j in i], _pursue(start, generators), l1[i]))
+    V = learn(_Search([x[j] for j in i], [seeds[j] for j in i], _pursue(start, generators), l1[i], again=True))
     V, W = (pad(t, (0, 0, 0, max(V.shape[1], W.shape[1]) - t.shape[1])) for t in (V, W))
     anew = _judged(probe[i], V, l1[i] / 4, tau[i])[1] / cost[i]
-    better = (anew < _BETTER) | (anew < 1) & many(V) & ~many(W[i])
+    better = (anew < _BETTER) | (anew < _NO_WORSE) & many(V) & ~many(W[i])
     W[i] = torch.where(better[:, None, None], V, W[i])
     return W
 
 # %% ../nbs/core/04_sparse_coding.ipynb #03a0f827
-def _learn(s, steps, batch_size, lr, tick, grow, add=True):
+def _learn(s, steps, batch_size, lr, tick, grow):
     "All steps of a search; its dictionaries."
     K = len(s.W)
     for t in range(1, steps + 1):
@@ -326,7 +337,7 @@ def _learn(s, steps, batch_size, lr, tick, grow, add=True):
         if t % max(1, steps // (18 if grow else 12)) == 0:
             s.prune()
             if grow and f >= .4: _drop(s)
-            if grow and add and f < .6 and t < steps: _add(s, s.draw(1024))
+            if grow and not s.again and f < .6 and t < steps: _add(s, s.draw(1024))
             s.bound = step_bound(s.W)
         tick(K)
     return _chosen(s, K) if grow else s.W
@@ -348,5 +359,5 @@ def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations
     if usage is not None: W, = _pack(usage > USED * _typical(usage), W)
     s = _Search(x, seeds, W, l1)
     W = _learn(s, steps, batch_size, lr, tick, grow)
-    if grow: W = _start_again(s, W, x, seeds, lambda r: _learn(r, steps, batch_size, lr, lambda n: None, grow, add=False))
+    if grow: W = _start_again(s, W, x, seeds, lambda r: _learn(r, steps * (1 + (W.shape[2] > 32)), batch_size, 2 * lr, lambda n: None, grow))
     return pad(W, (0, 0, 0, max(0, D - W.shape[1])))[:, :D]

@@ -25,7 +25,7 @@ from superposition_lc.experiments.algorithmic import (
 from superposition_lc.sae import SAEConfig
 
 replace = dataclasses.replace
-QUICK = SAEConfig(kind="sparse_coding", expansion=4, steps=30, max_rounds=2, refine_steps=12)
+QUICK = SAEConfig(kind="sparse_coding", expansion=4, steps=30, max_rounds=2, refine_steps=4)
 TINY = AlgorithmicConfig(("reverse",), (8, 3), n_seeds=1, compress_steps=3, scratch_steps=3, n_sequences=20, default=QUICK, released=SAEConfig.released(epochs=2))
 FOLDER = files("superposition_lc.experiments") / "tracr-weights"
 

@@ -1,4 +1,6 @@
 """Sparse coding: optimal codes, detours of copies and sums, and what refinement keeps."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy.optimize import nnls
 
 from superposition_lc.data import planted_activations
 from superposition_lc import sparse_coding
-from superposition_lc.sparse_coding import _pack, _pursue, detour, refine, row_prices, sparse_codes, step_bound
+from superposition_lc.sparse_coding import _handicap, _pack, _pursue, detour, refine, row_prices, sparse_codes, step_bound
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -198,3 +200,29 @@ def test_prices_rise_for_rows_that_are_hardly_used():
     price = row_prices(z[None], W, .1)[0, 0]
     assert (price[:4] / .1 - 1).abs().max() < .1 and price[3] < .9 * price[4] < .8 * price[5] and (price <= .4001).all()
     torch.testing.assert_close(row_prices(z.expand(2, -1, -1), W.expand(2, -1, -1), torch.tensor([[.1], [.2]]))[0, 0], price)
+
+
+def test_light_tailed_rows_are_handicapped():
+    "Half of the rows go free, wrong ones do not; scale, mean and rows of zeros change nothing for the others."
+    p = planted_activations(64, 16, 10_000, activity=.1)
+    W = torch.cat([p.directions, unit(1, 15, 16, dtype=torch.float32)[0]])
+    handicap = _handicap(p.activations[None], W[None])[0]
+    assert (handicap == 0).sum() == 40 and handicap[64:].median() < -1 < -.4 < handicap[:64].median()
+    more = _handicap(100 * p.activations[None] + 3, torch.cat([W, torch.zeros(5, 16)])[None])[0]
+    torch.testing.assert_close(more[:79], handicap, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("ratio, rows, plain, taken", [
+    (.94, 6, False, True), (.94, 6, True, True), (.96, 6, True, False), (.96, 12, False, False),
+    (.96, 12, True, True), (1.04, 12, True, True), (1.06, 12, True, False)])
+def test_a_second_search_has_to_pay(ratio, rows, plain, taken, monkeypatch):
+    "It is taken at 95% of the cost, or at up to 105% where a plain dictionary was chosen and it is no plain one."
+    whole, second = unit(1, 12, 4, dtype=torch.float32), unit(1, 12, 4, dtype=torch.float32).flip(1)
+    second[:, rows:] = 0
+    W = torch.cat([whole[:, :5], torch.zeros(1, 7, 4)], 1) if plain else whole.clone()
+    x = torch.rand(1, 100, 4)
+    s = SimpleNamespace(whole=whole, probe=x, tau=torch.ones(1, 1, 1), l1=torch.ones(1, 1), alive=[x[0]])
+    costs = iter([(torch.tensor([3.]), torch.tensor([2.])), (torch.tensor([3.]), torch.tensor([2. * ratio]))])
+    monkeypatch.setattr(sparse_coding, "_judged", lambda *_: next(costs))
+    got = sparse_coding._start_again(s, W.clone(), [x[0]], [0], lambda r: second)
+    assert got.equal(second if taken else W)
