@@ -3,6 +3,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import urldefrag
@@ -11,11 +12,17 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from sphinx.cmd.build import main as sphinx
 
+from superposition_lc import _modidx
+
 from reader import BADGE, BLOB, CFG, ROOT, SITE, alt, code, load, notebooks, options, outputs, page, relink, slug
 
 GROUPS = {"tutorials": "Tutorials", "experiments": "The paper, section by section", "core": "The measure, bottom up", "about": "About"}
 # nbdev's show_doc starts with a rule, a source link and a heading; each gets its place on the page.
 SHOW_DOC = re.compile(r"^---\s+(?:\[source\]\((?P<source>[^)]+)\)\{[^}]*\}\s+)?#+ (?P<name>\S+)\s+", re.MULTILINE)
+# It makes links in comments of the signature, where they show as they are written, and sets the docstring in italics, which its own stars would end.
+SIGNATURE, CODE_LINK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL), re.compile(r"\[`([^`\n]+)`\]\([^)\s]*\)")
+AMBIGUOUS = {name for name, n in Counter(symbol.removeprefix(f"{module}.") for module, symbols in _modidx.d["syms"].items() for symbol in symbols).items() if n > 1}  # nbdev would link to any
+DOCSTRING, STAR = re.compile(r"^\*([^*\n].*)\*$", re.MULTILINE), re.compile(r"(`[^`]*`)|\*")
 
 
 class Page:
@@ -51,6 +58,7 @@ class Page:
         if BADGE.search(source):
             links = BADGE.sub(r"[Open in Colab](\1)", source)
             return new_markdown_cell("{.notebook-links}\n" + links + f" [Notebook on GitHub]({notebook})")
+        source = CODE_LINK.sub(lambda m: f"`{m[1]}`" if m[1].strip("()") in AMBIGUOUS else m[0], source)
         return new_markdown_cell(relink(source, self.target))
 
     def show_doc(self, cell):
@@ -59,7 +67,9 @@ class Page:
         def heading(m):
             link = f"[source]({m['source']}){{.source-link}}\n\n" if m["source"] else ""
             return f"{'####' if '.' in m['name'] else '###'} {m['name']}\n\n{link}"
-        return new_markdown_cell(relink(SHOW_DOC.sub(heading, source), self.target))
+        source = SIGNATURE.sub(lambda m: CODE_LINK.sub(r"\1", m[0]).replace("__main__.", ""), SHOW_DOC.sub(heading, source))
+        source = DOCSTRING.sub(lambda m: STAR.sub(lambda star: star[1] or r"\*", m[1]), source)
+        return new_markdown_cell(relink(source, self.target))
 
     def code(self, cell):
         "A code cell with its outputs, shown as its flags say."

@@ -1,4 +1,5 @@
 """The documentation site: built once, checked as files, then read in a browser where Chromium is installed."""
+import copy
 import os
 import re
 import shutil
@@ -165,6 +166,18 @@ BAD_MATH = """[...document.querySelectorAll('.math')].filter(m => !m.closest('de
 }).map(m => m.textContent.slice(0, 80))"""
 TOO_WIDE = """document.documentElement.scrollWidth <= document.documentElement.clientWidth ? [] : ['the page',
     ...[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3).map(e => e.outerHTML.slice(0, 120))]"""
+
+
+def test_no_markdown_is_left_raw(notebook_pages):
+    "Links are links, in prose and in signatures; code that is about links may show them."
+    raw = re.compile(r"\[[^\]\n]*\]\((?:https?:|/)[^)\n]*\)")
+    left = []
+    for name, soup in notebook_pages.items():
+        article = copy.copy(soup.article)
+        for cell in article.select(".cell"):
+            cell.decompose()
+        left += [f"{name}: {m[0]}" for m in raw.finditer(article.get_text())]
+    assert not left, "\n".join(left)
 
 
 def test_pages_in_a_browser(browser, url, notebook_pages):

@@ -90,7 +90,9 @@ def attack(model:nn.Module,
     return _attack(model, x, y, eps, steps, seed, method, 2.5 * eps / steps) if eps > 0 else x
 
 @torch.no_grad()
-def accuracy(model, x, y): return (model(x).argmax(1) == y).double().mean().item()
+def accuracy(model, x, y):
+    "Fraction of the inputs whose label is right."
+    return (model(x).argmax(1) == y).double().mean().item()
 
 # %% ../../nbs/experiments/15_adversarial.ipynb #98d32b73
 def _vanished(model, x, y, seed):
