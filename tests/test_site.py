@@ -213,6 +213,5 @@ def test_follows_the_readers_theme(browser, url, theme, page):
     "Text and ground differ enough in both."
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
     browser.get(url + page)
-    ground, text = browser.execute_script("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
-    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, text)]
-    assert light[0] - light[1] > 300 if theme == "light" else light[1] - light[0] > 300
+    sums = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].map(c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))"
+    wait(browser, f"(([ground, text]) => {'ground - text' if theme == 'light' else 'text - ground'} > 300)({sums})")  # colours fade in
