@@ -11,7 +11,7 @@ project, author, release = CFG.title, CFG.author, CFG.version
 copyright = CFG.copyright
 html_title, html_baseurl = CFG.title, SITE
 html_theme = "sphinx_book_theme"
-html_static_path, html_css_files = ["static"], ["site.css"]
+html_static_path, html_css_files, html_js_files = ["static"], ["site.css"], ["site.js"]
 html_logo = html_favicon = "static/logo.svg"
 html_copy_source = html_show_sourcelink = html_use_index = False
 html_theme_options = {

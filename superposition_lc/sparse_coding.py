@@ -303,7 +303,7 @@ def row_prices(x:Tensor,        # (K, S, N) scaled activations
     return price
 
 _CROWDED = .25  # codes a neuron from which on there is a second search
-_BETTER, _NO_WORSE = .95, 1.05  # the cost at which it wins; and at which it wins over a plain dictionary
+_BETTER = .95   # of the first one's cost: what it must not exceed
 
 def _judged(x, W, l1, tau): # codes a sample, cost a sample: (K,) each
     z = _codes(x, W, row_prices(x, W, l1), step_bound(W), 40)
@@ -313,17 +313,15 @@ def _start_again(s, W, x, seeds, learn):
     "The dictionaries W of a search, or those of a second one that starts from pursuit, where W is crowded and these cost less."
     K, _, N = W.shape
     probe, tau, l1 = s.probe[:K], s.tau[:K], s.l1[:K]
-    many = lambda W: W.any(-1).sum(1) > _PLAIN * N
     codes, cost = _judged(probe, s.whole, l1 / 4, tau)
-    i = ((codes > _CROWDED * N) & many(s.whole)).nonzero()[:, 0].tolist()
+    i = ((codes > _CROWDED * N) & (s.whole.any(-1).sum(1) > _PLAIN * N)).nonzero()[:, 0].tolist()
     if not i: return W
     generators = [torch.Generator().manual_seed(seeds[j]) for j in i]
     n = min(512 * N, 2**16, *(len(s.alive[j]) for j in i))
     start = torch.stack([s.alive[j][torch.randperm(len(s.alive[j]), generator=g)[:n].to(W.device)] for j, g in zip(i, generators)])
     V = learn(_Search([x[j] for j in i], [seeds[j] for j in i], _pursue(start, generators), l1[i], again=True))
     V, W = (pad(t, (0, 0, 0, max(V.shape[1], W.shape[1]) - t.shape[1])) for t in (V, W))
-    anew = _judged(probe[i], V, l1[i] / 4, tau[i])[1] / cost[i]
-    better = (anew < _BETTER) | (anew < _NO_WORSE) & many(V) & ~many(W[i])
+    better = _judged(probe[i], V, l1[i] / 4, tau[i])[1] < _BETTER * cost[i]
     W[i] = torch.where(better[:, None, None], V, W[i])
     return W
 

@@ -192,6 +192,8 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
             problems += [f"{name}: equation {tex}" for tex in browser.execute_script(f"return {BAD_MATH}")]
         empty = "[...document.querySelectorAll('article img')].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
         problems += [f"{name}: image {src}" for src in browser.execute_script(f"return {empty}")]
+        loose = "[...document.querySelectorAll('article img')].filter(i => !i.closest('a')).map(i => i.src)"
+        problems += [f"{name}: figure that does not open at full size: {src}" for src in browser.execute_script(f"return {loose}")]
         problems += [f"{name}: too wide for a desktop: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
         resize(browser, PHONE)
         problems += [f"{name}: too wide: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]

@@ -320,7 +320,8 @@ def plot_convergence(table:pd.DataFrame, # of `run`
         ax.plot(rows.n_documents, rows.effective_features, "o-", ms=3, color=colour, label=layer)
         ax.fill_between(rows.n_documents, rows.low, rows.high, color=colour, alpha=.15, lw=0)
     ax.set(xscale="log", xlabel="documents", ylabel="effective features", ylim=(0, None))
-    ax.xaxis.set_minor_formatter("")
+    ax.set_xticks(ticks := sorted({*t.n_documents})[::-2], ticks)
+    ax.minorticks_off()
     ax.legend(fontsize=7)
     return ax
 
