@@ -78,10 +78,10 @@ def _range(curves): return max(c.low for _, c in curves), min(c.high for _, c in
 
 # %% ../nbs/core/08_rate_distortion.ipynb #165439aa
 def _sampling(curves, fvu):
-    "Relative sampling error of each seed at distortions, interpolated, and its degrees of freedom (50 groups where the table does not say)."
+    "Of each seed at distortions, interpolated: relative sampling error, degrees of freedom and shift (50 groups and none where the table does not say)."
     import numpy as np
-    relative = [np.interp(np.log(fvu), np.log(p.fvu), p.stderr / p.effective_features).mean() for p, _ in curves]
-    return relative, [np.interp(np.log(fvu), np.log(p.fvu), p.get("df", 0 * p.fvu + 49)).mean() for p, _ in curves]
+    columns = lambda p: (p.stderr / p.effective_features, p.get("df", 0 * p.fvu + 49), p.get("shift", 0 * p.fvu))
+    return zip(*([np.interp(np.log(fvu), np.log(p.fvu), c).mean() for c in columns(p)] for p, _ in curves))
 
 def _between(curves, low, high):
     "Warnings of the points that hold up the curves between two distortions."
@@ -108,8 +108,8 @@ def _at(table, fvu, level):
         for f in [fvu] if isinstance(fvu, (int, float)) else fvu:
             if not low <= f <= high: raise ValueError(f"layer {name!r}: fvu={f} lies outside the measured range, {low:.4g} to {high:.4g}"
                 " (smaller penalties reach smaller FVU): choose another fvu or widen the grid")
-            values, (relative, df) = [math.exp(c.log(f)) for _, c in curves], _sampling(curves, f)
-            F, least, most = combine_seeds(values, [v * r for v, r in zip(values, relative)], df, level)
+            values, (relative, df, shift) = [math.exp(c.log(f)) for _, c in curves], _sampling(curves, f)
+            F, least, most = combine_seeds(values, [v * r for v, r in zip(values, relative)], df, level, shift)
             N = int(table[table.layer == name].n_neurons.iloc[0])
             rows.append(dict(layer=name, n_neurons=N, fvu=float(f), effective_features=F, low=least, high=most, superposition=F / N, warning=_between(curves, f, f)))
     return pd.DataFrame(rows)
@@ -293,7 +293,8 @@ def _ratio(name, a, b, low, high, level):
     grid, logs, parts = np.geomspace(low, high, 65), [], []
     for curves in (a, b):
         logs.append([c.mean_log(low, high) for _, c in curves])
-        parts += error_parts(logs[-1], *_sampling(curves, grid))
+        relative, df, _ = _sampling(curves, grid)
+        parts += error_parts(logs[-1], relative, df)
     mean, half = np.mean(logs[0]) - np.mean(logs[1]), half_width(parts, level)
     warnings = dict.fromkeys(w for c in (a, b) for w in _between(c, low, high).split("; ") if w)
     return dict(layer=name, ratio=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), fvu_low=float(low), fvu_high=float(high), warning="; ".join(warnings))

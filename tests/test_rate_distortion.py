@@ -31,9 +31,9 @@ def traced(x=X, *args, config=SMOKE, seeds=2, **kwargs):
     return rate_distortion(x, *args, config=config, seeds=seeds, progress=False, **kwargs)
 
 
-def synthetic(curves, fvu=(.01, .03, .1, .3, .6), layer="a", stderr=0., l0=1., n_neurons=10, converged=True, df=49.):
+def synthetic(curves, fvu=(.01, .03, .1, .3, .6), layer="a", stderr=0., l0=1., n_neurons=10, converged=True, df=49., shift=0.):
     "A result whose seeds follow known functions F(FVU)."
-    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), df=df, shift=0., fvu=f,
+    rows = [dict(layer=layer, l1=10 * f, seed=s, n_neurons=n_neurons, effective_features=F(f), stderr=stderr * F(f), df=df, shift=shift, fvu=f,
                  l0=l0(f) if callable(l0) else l0, dead_fraction=0., converged=converged) for s, F in enumerate(curves) for f in fvu]
     return RateDistortion(pd.DataFrame([r | dict(warning=point_warning(r)) for r in rows]), {})
 
@@ -117,10 +117,10 @@ def test_at_is_the_geometric_mean_of_the_seeds_with_students_interval():
 
 @pytest.mark.parametrize("scales", [[4.], [4., 5., 4.5]], ids=len)
 def test_the_interval_is_that_of_a_measurement(scales):
-    "Sampling error and seeds' error are combined as for one penalty."
-    row = synthetic([law(s) for s in scales], stderr=.05, df=12.).at(.1).iloc[0]
+    "Sampling error, its shift and seeds' error are combined as for one penalty."
+    row = synthetic([law(s) for s in scales], stderr=.05, df=12., shift=.4).at(.1).iloc[0]
     F = [law(s)(.1) for s in scales]
-    assert (row.effective_features, row.low, row.high) == pytest.approx(combine_seeds(F, [.05 * f for f in F], 12.))
+    assert (row.effective_features, row.low, row.high) == pytest.approx(combine_seeds(F, [.05 * f for f in F], 12., shift=.4))
 
 
 def test_at_is_unmoved_by_the_order_of_rows(two):
