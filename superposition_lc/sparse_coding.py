@@ -357,5 +357,7 @@ def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations
     if usage is not None: W, = _pack(usage > USED * _typical(usage), W)
     s = _Search(x, seeds, W, l1)
     W = _learn(s, steps, batch_size, lr, tick, grow)
-    if grow: W = _start_again(s, W, x, seeds, lambda r: _learn(r, steps * (1 + (W.shape[2] > 32)), batch_size, 2 * lr, lambda n: None, grow))
+    if grow:
+        again = round(steps * min(2, max(.5, W.shape[2] / 32)))  # wide layers have more rows to choose among
+        W = _start_again(s, W, x, seeds, lambda r: _learn(r, again, batch_size, 2 * lr, lambda n: None, grow))
     return pad(W, (0, 0, 0, max(0, D - W.shape[1])))[:, :D]
