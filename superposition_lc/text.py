@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .activations import as_found, first_float, hooks, sample_keys
-from .entropy import ShareAccumulator, _abs_sums, _check_finite, effective_features, estimate_columns
+from .entropy import ShareAccumulator, code_sums, effective_features, estimate_columns
 from .geometry import Taming, massive_values, outlier_neurons, participation_ratio, relative_size, two_nn
 from .measurement import Measurement, layer_row, row_warning
 from .runs import atomic_path, progress_bar, provenance
@@ -294,8 +294,7 @@ class _SiteSums:
             tested.append(z[..., -part.start % test_every::test_every, :].clone())  # counted from the first sample of the batch
             for i, codes in enumerate(z if z.ndim == 3 else z[None]):
                 active[i] += _active(codes)
-                sums[i] += _abs_sums(codes)
-                _check_finite(sums[i], codes)
+                sums[i] += code_sums(codes)
             del z, codes  # room in the cache for the next
         self.sums["active"][group] += torch.from_numpy(active)
         for shares, s in zip(self.shares, sums): shares.add_sums(group, s, documents, len(x))

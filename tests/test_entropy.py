@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from scipy.stats import entropy, t as student
 
 from superposition_lc.entropy import (
-    Estimate, ShareAccumulator, combine_seeds, effective_features, error_parts, estimate_columns, feature_shares, half_width, hill_number,
+    Estimate, ShareAccumulator, code_sums, combine_seeds, effective_features, error_parts, estimate_columns, feature_shares, half_width, hill_number,
     _jackknife, _shift)
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -50,6 +50,15 @@ def close(a: Estimate, b: Estimate, rel=1e-9):
 
 
 # Shares
+
+@given(codes, st.integers(1, 4), st.sampled_from([np.float64, np.float32, np.int32]))
+def test_sums_are_those_of_each_group(z, n_groups, dtype):
+    z = z.astype(dtype)
+    flat = z.reshape(-1, z.shape[-1])
+    where = np.arange(len(flat)) % n_groups
+    expected = [np.abs(flat[where == g].astype(np.float64)).sum(0) for g in range(n_groups)]
+    np.testing.assert_allclose(code_sums(torch.tensor(z), torch.tensor(where), n_groups), expected, rtol=1e-12)
+
 
 @given(codes)
 def test_shares_are_shares_of_the_budget(z):

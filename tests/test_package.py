@@ -58,6 +58,14 @@ def test_imports_point_down(name):
     assert not wrong, f"{name} (floor {FLOOR[name]}) imports {', '.join(wrong)}"
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_names_stay_at_home(name):
+    "What another module needs is public, and documented."
+    froms = [n for n in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom) and (n.level or n.module.startswith("superposition_lc"))]
+    private = [a.name for n in froms for a in n.names if a.name.startswith("_") and not a.name.startswith("__")]
+    assert not private, f"{name} imports {', '.join(private)}"
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_name(name):
     "Importable from the package itself, and documented."
