@@ -52,7 +52,7 @@ def find_layers(
         name = names.get(id(layer)) if isinstance(layer, nn.Module) else layer
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {', '.join(map(repr, list(known)[1:9]))} ..."
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {', '.join(map(repr, list(known)[1:9])) or 'none with a name'} ..."
             shown = f"the {type(layer).__name__} given" if isinstance(layer, nn.Module) else repr(layer)
             raise KeyError(f"the model has no layer {shown}; {hint} All: [name for name, _ in model.named_modules()]")
         found[name] = known[name]

@@ -35,7 +35,8 @@ from .runs import atomic_path, provenance
 from .sae import SAEConfig
 
 # %% ../nbs/core/09_cli.ipynb #78642c7f
-def reading(table:pd.DataFrame)->str: # of `experiments.adversarial.run`
+def reading(table:pd.DataFrame # of `experiments.adversarial.run`
+           )->str:
     "Two sentences on what a demo's table shows, made from its first layer; flagged rows are named."
     t = table[table.layer == table.layer.iloc[0]]
     ends = {k: (rows.loc[rows.eps.idxmin()], rows.loc[rows.eps.idxmax()]) for k, rows in t.groupby("inputs")}

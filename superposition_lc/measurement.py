@@ -65,7 +65,8 @@ class Measurement:
         except (KeyError, ValueError, AttributeError, TypeError) as e: raise ValueError(f"{path} is damaged, a part of the measurement is missing or of another kind: {e}") from None
         return m
     def __repr__(self): return f"{self._title()}\n{_rounded(self.table).to_string(index=False)}"
-    def _repr_html_(self): return f"<p>{self._title()}</p>{_rounded(self.table).to_html(index=False, border=0)}"
+    def _repr_html_(self):
+        with pd.option_context("display.max_colwidth", None): return f"<p>{self._title()}</p>{_rounded(self.table).to_html(index=False, border=0)}"
     def _title(self):
         n, flagged = self.per_seed.seed.nunique(), int((self.table.warning != "").sum())
         return f"Superposition of {len(self.table)} layer(s), {n} seed(s)" + (f", {flagged} flagged" if flagged else "")
@@ -82,9 +83,10 @@ def _plot(table, ax=None):
     ax.bar(where, table.n_neurons, width=.6, color="#e8e8e8", label="neurons")
     interval_plot(where, table.effective_features, table.low, table.high, table.warning != "", label="effective features", ax=ax)
     if (table.warning != "").any(): ax.plot([], [], "o", mfc="white", color=COLOURS["flagged"], label="flagged")
-    ax.set(xticks=list(where), xticklabels=table.layer, ylim=(0, None))
-    ax.tick_params(axis="x", rotation=30 if table.layer.str.len().max() * len(table) > 30 else 0)
-    ax.legend()
+    turned = dict(rotation=30, ha="right", rotation_mode="anchor") if table.layer.str.len().max() * len(table) > 30 else {}
+    ax.set_xticks(list(where), table.layer, **turned)
+    ax.set(xlabel="layer", ylabel="number", ylim=(0, None))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/core/07_measurement.ipynb #46a5ea5d

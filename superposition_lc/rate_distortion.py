@@ -145,7 +145,8 @@ class RateDistortion:
         except (KeyError, ValueError, AttributeError, TypeError) as e: raise ValueError(f"{path} is damaged, a part of the result is missing or of another kind: {e}") from None
         return r
     def __repr__(self): return f"{self._title()}\n{_summary(self.table).to_string(index=False)}"
-    def _repr_html_(self): return f"<p>{self._title()}</p>{_summary(self.table).to_html(index=False, border=0)}"
+    def _repr_html_(self):
+        with pd.option_context("display.max_colwidth", None): return f"<p>{self._title()}</p>{_summary(self.table).to_html(index=False, border=0)}"
     def _title(self):
         n, flagged = self.table.seed.nunique(), int((self.table.warning != "").sum())
         return f"Rate and distortion of {self.table.layer.nunique()} layer(s), {n} seed(s)" + (f", {flagged} of {len(self.table)} points flagged" if flagged else "")

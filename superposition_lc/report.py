@@ -108,13 +108,16 @@ def entry(name:str,          # of the experiment
           about:Mapping,     # what run.json holds: config, versions, seconds, ...
           published:Mapping, # config of the scale "paper"
           numbers:pd.DataFrame, # of `judged`
-          reading:str)->dict:   # what the experiment says of its table
+          reading:str           # what the experiment says of its table
+         )->dict:
     "A finished experiment, as plain values."
     pictures = [dict(file=f"{name}/{p.name}", figures=figure_numbers(p.name)) for p in sorted(Path(folder).glob("[!.]*.png"))]
     return dict(name=name, subtitle=subtitle, status="finished", reading=reading, numbers=_plain(numbers), pictures=pictures,
                 other_settings=other_settings(about["config"], published), **{k: v for k, v in about.items() if k != "sha256"})
 
-def without_result(name:str, subtitle:str, error:BaseException|None=None)->dict: # None: it was not run
+def without_result(name:str, subtitle:str,
+                   error:BaseException|None=None # None: it was not run
+                  )->dict:
     "An experiment that broke off, or was not run."
     said = dict(status="not run") if error is None else dict(status="failed", error=f"{type(error).__name__}: {error}")
     return dict(name=name, subtitle=subtitle, numbers=[], pictures=[]) | said
@@ -165,7 +168,7 @@ def _picture(p, alt): return f"<figure><a href='{_e(p['file'])}'><img src='{_e(p
 def _pair(number, shows, e):
     "A figure of the paper in words beside our pictures, then its numbers beside ours."
     mine = [p for p in e["pictures"] if number in p["figures"]]
-    shown = "".join(_picture(p, f"Counterpart of Figure {number}: {shows}") for p in mine) or "<p class='soft'>No counterpart: this scale does not run what the figure shows.</p>"
+    shown = "".join(_picture(p, f"Counterpart of Figure {number}: {shows}") for p in mine) or "<p class='soft'>No figure: this run drew none.</p>"
     return f"<div class='pair'><div><h3>Figure {number}</h3><p>{_e(shows)}</p></div><div>{shown}</div></div>{_numbers_table([r for r in e['numbers'] if r['figure'] == number])}"
 
 def _title(e): return _e(e["name"].replace("_", " ").capitalize())
@@ -195,7 +198,8 @@ def _seeds(config):
 # %% ../nbs/core/08b_report.ipynb #3f15f288
 _WORDS = "agrees", "differs", "cannot tell"
 
-def as_html(report:Mapping)->str: # of `read_report`
+def as_html(report:Mapping # of `read_report`
+           )->str:
     "The report as one page."
     t = numbers(report)
     def line(e):
@@ -209,14 +213,16 @@ def as_html(report:Mapping)->str: # of `read_report`
 def write_report(scale:str,            # "smoke", "laptop" or "paper"
                  version:str,          # of the package
                  experiments:Sequence, # of `entry` and `without_result`
-                 out:str|Path)->dict:  # folder; the report is returned
+                 out:str|Path          # folder; the report is returned
+                )->dict:
     "Write report.html and report.json, each whole or not at all."
     report = dict(scale=scale, version=version, rule=RULE, experiments=list(experiments))
     for name, text in {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": as_html(report)}.items():
         with atomic_path(Path(out)/name) as p: p.write_text(text, encoding="utf-8")
     return report
 
-def read_report(folder:str|Path)->dict: # of `write_report`
+def read_report(folder:str|Path # of `write_report`
+               )->dict:
     "What report.json holds; ValueError where there is none, or a damaged one."
     try: report = json.loads((Path(folder)/"report.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{folder} holds no readable report.json ({type(e).__name__}): make one with `superposition-lc reproduce all --out {folder}`") from None

@@ -49,7 +49,8 @@ def write_results(out:str|Path,    # folder, made if missing
             plt.close(r)
 
 # %% ../nbs/core/03_runs.ipynb #08188a38
-def provenance(**settings)->dict: # anything that describes the run, added as it is
+def provenance(**settings # anything that describes the run, added as it is
+              )->dict:
     "Versions, hardware and time of this run, with `settings`: plain values, ready for json."
     names = "superposition_lc", "torch", "numpy"
     return dict(
@@ -62,6 +63,7 @@ def provenance(**settings)->dict: # anything that describes the run, added as it
 def progress_bar(iterable=None,       # what to go through; None: call `.update(n)`
                  desc:str="",         # what is being done
                  show:bool=True,      # False: no bar
-                 **kwargs)->tqdm:     # passed to tqdm: total, unit
+                 **kwargs             # passed to tqdm: total, unit
+                )->tqdm:
     "A tqdm bar that appears after two seconds and leaves nothing behind."
     return tqdm(iterable, desc, delay=2, leave=False, **({} if show else {"disable": True}), **kwargs)

@@ -594,7 +594,7 @@ def test_report_writes_figures_and_reads_a_table_from_disk(table, tmp_path):
     read = pd.read_csv(tmp_path / "t.csv", keep_default_na=False, na_values=["nan"])
     text = report(read, TINY, tmp_path)
     assert text == reading(table, TINY) and "published for Pythia-70M: mlp 11.98 > residual 9.47 > embedding 8.20 > attention 5.60" in text
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["convergence.png", "dimensions.png", "figure-6a.png"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["dimensions.png", "figure-6a-documents.png", "figure-6a.png"]
 
 
 def test_sanity_values_of_pythia_are_compared(table):

@@ -6,12 +6,13 @@ addEventListener("DOMContentLoaded", () => {
     figure.replaceWith(link);
     link.append(figure);
   }
-  // Printed lines wrap as prose does, but for rows of a table, whose columns must stay in line.
+  // Printed lines wrap as prose does. Where rows of a table are among them, whose columns must stay in line, only long lines do.
   for (const pre of document.querySelectorAll(".cell_output .output pre")) {
+    const table = /\S {3,}\S/.test(pre.textContent);
     pre.replaceChildren(...pre.textContent.split(/(?<=\n)/).map((text) => {
       const line = document.createElement("span");
       line.textContent = text;
-      line.className = /\S {3,}\S/.test(text) ? "aligned" : "";
+      line.className = /\S {3,}\S/.test(text) || (table && text.length < 90) ? "aligned" : "";
       return line;
     }));
   }

@@ -178,7 +178,8 @@ def robust_loss(model:nn.Module,
                 y:Tensor,     # labels, (S,) int64
                 eps:float,    # radius; 0: the clean loss
                 config,       # with attack, attack_steps, weighting: `AdversarialConfig`
-                seed:int=0)->Tensor: # of the attack's start
+                seed:int=0    # of the attack's start
+               )->Tensor:
     "Half clean, half attacked cross entropy (Section 7), with what the released code adds to it where asked for."
     loss, k = nn.functional.cross_entropy, config.attack_steps
     if eps == 0: return loss(model(x), y)

@@ -186,7 +186,8 @@ def read_compiled(path:str|Path # npz in the layout of the two that come with th
 
 TASKS = dict(reverse=lambda ids: ids[:, 1:].flip(1), sort=lambda ids: ids[:, 1:].sort(1).values)  # ids with BOS -> right answers
 
-def load_compiled(task:str="reverse")->Program: # or "sort"
+def load_compiled(task:str="reverse" # or "sort"
+                 )->Program:
     "One of the two programs that come with the package."
     if task not in TASKS: raise ValueError(f"task must be one of {list(TASKS)}, got {task!r}; other programs: read_compiled, from_tracr")
     return read_compiled(files("superposition_lc.experiments")/"tracr-weights"/f"{task}.npz")
@@ -746,7 +747,8 @@ def evidence(table:pd.DataFrame, # of `run`
     return pd.DataFrame(rows, columns=["task", "network", "n", "layer", "solved", "psi", "low", "high", "flagged", "psi_distortion", "control", "rank", "kept_rank", "distinct", "psi_is"])
 
 # %% ../../nbs/experiments/13_algorithmic.ipynb #fee43d53
-def reading(table:pd.DataFrame)->str: # of `run`
+def reading(table:pd.DataFrame # of `run`
+           )->str:
     "What a table says, a line for each task and network."
     v, lines = verdict(table), []
     for task in table[table.task != "planted"].task.unique():

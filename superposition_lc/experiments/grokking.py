@@ -335,7 +335,8 @@ def correlation_summary(table:pd.DataFrame, # of `run`
     return t.reindex(columns=["all", "without_first", "memorising", "after"]).reset_index().rename_axis(columns=None)
 
 # %% ../../nbs/experiments/14_grokking.ipynb #afb39df9
-def reading(table:pd.DataFrame)->str: # of `run`
+def reading(table:pd.DataFrame # of `run`
+           )->str:
     "What a table says: who generalised, F before and after by estimator, the coefficient, and what correlates with it."
     p = phases(table)
     first = p[p.estimator == p.estimator.iloc[0]]

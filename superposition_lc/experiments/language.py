@@ -58,7 +58,7 @@ def load_text(source:str, # "python", a path as in `read_texts`, or "datasets:ow
     return load_dataset(source.removeprefix("datasets:"), split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
 
 # %% ../../nbs/experiments/12_language.ipynb #5dca1ae0
-def train_tokenizer(documents:list, vocab:int): # a transformers tokenizer
+def train_tokenizer(documents:list, vocab:int)->"PreTrainedTokenizerFast": # of transformers
     "A byte-level BPE of `vocab` tokens."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
@@ -358,8 +358,8 @@ def _sanity(t):
     return "; ".join(f"{name} over the published: {min(r):.2f} to {max(r):.2f}" for name, r in ratios.items()) + ". (Alive is counted on more text here, so it may be larger.)"
 
 def report(table:pd.DataFrame, config:LanguageConfig, out:str|Path)->str: # the reading
-    "Write figure-6a.png, convergence.png and dimensions.png to `out`, each whole or not at all."
-    write_results(out, {"figure-6a.png": figure_6a(table), "convergence.png": plot_convergence(table).figure, "dimensions.png": figure_dimensions(table)})
+    "Write figure-6a.png, figure-6a-documents.png and dimensions.png to `out`, each whole or not at all."
+    write_results(out, {"figure-6a.png": figure_6a(table), "figure-6a-documents.png": plot_convergence(table).figure, "dimensions.png": figure_dimensions(table)})
     return reading(table, config)
 
 # %% ../../nbs/experiments/12_language.ipynb #a53cbc25

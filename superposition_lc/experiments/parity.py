@@ -369,7 +369,8 @@ def figure_4bc(table):
     return fig
 
 # %% ../../nbs/experiments/11_parity.ipynb #629274d4
-def reading(table:pd.DataFrame)->str: # of `run`
+def reading(table:pd.DataFrame # of `run`
+           )->str:
     "What a table says, line by line, published values beside ours."
     lines = []
     if (table.figure == "scaling").any():

@@ -32,7 +32,8 @@ SCALES = dict(
     paper=_sweep("cifar10", (.25, .5, 1., 2.), (0., .01, .02, .03), replace(_PUBLISHED, attack_steps=10, eval_steps=10, epochs=200, lr=.1, common_eps=.01)))
 
 # %% ../../nbs/experiments/18_resnet.ipynb #4ba41700
-def by_layer(table:pd.DataFrame)->pd.DataFrame: # of `run`; a row a width and layer, a column a reading and kind of input
+def by_layer(table:pd.DataFrame # of `run`
+            )->pd.DataFrame: # a row a width and layer, a column a reading and kind of input
     "Change of F from radius 0 to the largest, ratio and 95% interval; a star where a measurement behind it is flagged."
     t = changes(table)
     interval = [f" [{low:.2f}, {high:.2f}]" if low == low else "" for low, high in zip(t.low, t.high)]  # none for one seed

@@ -161,7 +161,8 @@ class Cell(Training):
     def training(self)->Training: return Training(**{f.name: getattr(self, f.name) for f in fields(Training)})
 
 # %% ../../nbs/experiments/16_sweep.ipynb #1b48fb72
-def participation_ratio(x:Tensor)->float: # (S, N) activations; between 1 and N, 0 where nothing varies
+def participation_ratio(x:Tensor # (S, N) activations
+                       )->float: # between 1 and N, 0 where nothing varies
     "(tr C)^2 / tr C^2 of the covariance C: dimensions in use, without an autoencoder."
     x = (x - x.mean(0)).double()
     C = x.T @ x
@@ -415,7 +416,8 @@ def cost(config:SweepConfig, steps:int=2 # timed steps after the first, clean an
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/16_sweep.ipynb #a86d2ce0
-def standard(table:pd.DataFrame)->pd.DataFrame: # of `run`
+def standard(table:pd.DataFrame # of `run`
+            )->pd.DataFrame:
     "Rows of networks trained in the way of the first row: against the same attack, with the same weighting of the loss."
     return table[(table[_TRAINED] == table[_TRAINED].iloc[0]).all(axis=1)] if {*_TRAINED} <= {*table} else table
 
@@ -461,7 +463,8 @@ def _condition(r): return f"{r['dataset']}, {r['n_classes']} classes, {r['archit
 def _limits(t): return max(t.low.fillna(t.ratio).min() * .9, 1 / 5), min(t.high.fillna(t.ratio).max() * 1.1, 5)
 
 # %% ../../nbs/experiments/16_sweep.ipynb #6a4c82a8
-def reading(table:pd.DataFrame)->str: # of `run`
+def reading(table:pd.DataFrame # of `run`
+           )->str:
     "What a table says, in a few lines: changes by reading, what changes beside F, what is flagged."
     table = standard(table)
     t = changes(table)

@@ -356,7 +356,8 @@ def plot_stability(bands:pd.DataFrame, # of `stability_bands`
     return ax
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #32cb76e5
-def reading(table:pd.DataFrame)->str: # of `run`
+def reading(table:pd.DataFrame # of `run`
+           )->str:
     "What a table says, in a line for each estimator, and one for the controls."
     t = summary(agreement(table)).set_index(["panel", "estimator"])
     def line(what, key):
@@ -391,7 +392,7 @@ def figure_3b(bands, estimator):
     "The three axes of Fig. 3b for one estimator."
     fig, ax = figure(3, width=2.9)
     for axis, a in zip(("l1", "width", "expansion"), ax): plot_stability(bands, axis, estimator, a)
-    ax[0].legend(fontsize=7, loc="lower left")
+    ax[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/experiments/10_toy_models.ipynb #6ea3dba2
