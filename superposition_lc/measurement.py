@@ -79,14 +79,14 @@ def _rounded(table):
 
 def _plot(table, ax=None):
     "Effective features of each layer with intervals, beside its number of neurons. Returns the Axes."
-    ax, where = axes(ax), range(len(table))
+    ax, where = axes(ax, max(3.6, .8 + .55 * len(table))), range(len(table))
     ax.bar(where, table.n_neurons, width=.6, color="#e8e8e8", label="neurons")
     interval_plot(where, table.effective_features, table.low, table.high, table.warning != "", label="effective features", ax=ax)
     if (table.warning != "").any(): ax.plot([], [], "o", mfc="white", color=COLOURS["flagged"], label="flagged")
     turned = dict(rotation=30, ha="right", rotation_mode="anchor") if table.layer.str.len().max() * len(table) > 30 else {}
     ax.set_xticks(list(where), table.layer, **turned)
     ax.set(xlabel="layer", ylabel="number", ylim=(0, None))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1, handletextpad=.4, borderaxespad=.2)
     return ax
 
 # %% ../nbs/core/07_measurement.ipynb #46a5ea5d
