@@ -58,8 +58,8 @@ def load_text(source:str, # "python", a path as in `read_texts`, or "datasets:ow
     return load_dataset(source.removeprefix("datasets:"), split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
 
 # %% ../../nbs/experiments/12_language.ipynb #5dca1ae0
-def train_tokenizer(documents:list, vocab:int)->"PreTrainedTokenizerFast": # of transformers
-    "A byte-level BPE of `vocab` tokens."
+def train_tokenizer(documents:list, vocab:int):
+    "A byte-level BPE of `vocab` tokens, as a tokenizer of transformers."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
