@@ -31,14 +31,15 @@ def set_style():
         "axes.axisbelow": True, "legend.frameon": False, "axes.titlesize": 10, "axes.titlelocation": "left",
         "lines.linewidth": 1.6})
 
-def figure(n:int=1,             # number of panels in the row
+def figure(n:int=1,             # number of panels in a row
            width:float=3.6,     # width of a panel, inches
-           height:float=2.7,    # height, inches
+           height:float=2.7,    # height of a panel, inches
+           rows:int=1,          # number of rows
            **kwargs):           # passed to matplotlib's subplots
-    "A figure with a row of `n` panels: (figure, array of Axes), or (figure, Axes) for n=1."
+    "A figure with rows of `n` panels: (figure, array of Axes), or (figure, Axes) for a single panel."
     import matplotlib.pyplot as plt
     set_style()
-    return plt.subplots(1, n, figsize=(n * width, height), **kwargs)
+    return plt.subplots(rows, n, figsize=(n * width, rows * height), **kwargs)
 
 def axes(ax=None,              # matplotlib Axes to draw on; None: a new figure
          width:float=3.6,      # of a new figure, inches

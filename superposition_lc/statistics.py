@@ -400,7 +400,7 @@ def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number o
     return pd.DataFrame(rows)
 
 # %% ../nbs/core/08_statistics.ipynb #2a2a1f94
-def _legend(ax): ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+def _legend(ax): ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 PUBLISHED_EFFECTS = dict(H2=(-.745, .122), H3=(.220, .037)) # per step of complexity; per log width, one layer
 
@@ -470,19 +470,35 @@ def _one_of(rows, columns):
     "Raise ValueError where rows differ in a column that a panel shows one value of."
     if several := [c for c in columns if rows[c].nunique() > 1]: raise ValueError(f"the rows differ in {', '.join(several)}: select one each")
 
-def _shades(n): # n colours of one family, light to dark
+def _shades(n): # n colours in order, light to dark
     import seaborn as sns
-    return sns.color_palette("crest", n)
+    return sns.color_palette("viridis_r", n + 1)[1:]
 
 def _slope_lines(s, x, by, label, ax):
-    "Normalised slopes with intervals against x, a line for each level of `by`."
+    "Normalised slopes with intervals against x, a line for each level of `by`, side by side; the axis keeps to them."
     levels = sorted(s[by].unique())
     for i, (level, colour) in enumerate(zip(levels, _shades(len(levels)))):
         part = s[s[by] == level].sort_values(x)
-        at = part[x] * (1 + .02 * (i - (len(levels) - 1) / 2))
+        at = part[x] + .025 * np.ptp(s[x]) * (i - (len(levels) - 1) / 2)
         ax.errorbar(at, part.normalised, [part.normalised - part.low, part.high - part.normalised], fmt="o-", ms=4, lw=1.2, color=colour, label=label.format(level))
     ax.axhline(0, color=COLOURS["control"], lw=1)
+    ax.set_ylim(ax.get_ylim())
 
+def _published(ax, value, text, x=None):
+    "A published value in words, at `x` or, for None, a line: where it is on the axis, else an arrow at the edge, which leaves the axis to ours."
+    low, high = ax.get_ylim()
+    where, style = "axes fraction" if x is None else "data", dict(color=COLOURS["published"], fontsize=8, ha="center")
+    if low <= value <= high:
+        if x is None: ax.axhline(value, ls=":", color=COLOURS["published"])
+        else: ax.plot(x, value, "*", ms=9, color=COLOURS["published"], clip_on=False)
+        ax.annotate(text, (.5 if x is None else x, value), (0, 5), (where, "data"), "offset points", **style)
+    else:
+        room = .2 * (high - low)
+        edge, inside = (1, -26) if value > high else (0, 18)
+        ax.set_ylim(low - room * (1 - edge), high + room * edge)
+        ax.annotate(text, (.5 if x is None else x, edge), (0, inside), (where, "axes fraction"), "offset points", arrowprops=dict(arrowstyle="->", color=COLOURS["published"]), **style)
+
+# %% ../nbs/core/08_statistics.ipynb #5d1c07aa
 def plot_complexity(slopes:pd.DataFrame, # of `network_slopes`, one data set, architecture and reading
                     ax=None):            # matplotlib Axes; None: a new figure
     "Normalised slope against ordinal complexity, a line a width, beside the published trend. Returns the Axes."
@@ -490,29 +506,37 @@ def plot_complexity(slopes:pd.DataFrame, # of `network_slopes`, one data set, ar
     ax = axes(ax, width=4.4)
     s = slopes.assign(step=_steps(slopes))
     _slope_lines(s, "step", "width", "width {:g}", ax)
-    at = np.array([1, 4])
-    ax.plot(at, s.normalised.mean() + PUBLISHED_TRENDS["complexity"] * (at - s.step.mean()), "--", color=COLOURS["published"], label="published trend")
+    at, fall = np.array([1, 4]), PUBLISHED_TRENDS["complexity"]
+    ax.plot(at, s.normalised.mean() + fall * (at - s.step.mean()), "--", color=COLOURS["published"], label=f"published trend, {fall:+g} per step")
     ax.set(xticks=list(COMPLEXITY.values()), xticklabels=list(COMPLEXITY), xlabel="classes", ylabel="slope / F(0), per unit of ε")
     _legend(ax)
     return ax
 
 # %% ../nbs/core/08_statistics.ipynb #a2adcb0b
+def _published_slopes(slopes):
+    "Those of the same data set, architecture and class counts: {class count: [(width, slope)]}."
+    first, found = slopes.iloc[0], {}
+    for d, a, k, width, *ends in PUBLISHED_SLOPES.itertuples(index=False):
+        if (d, a) == (first.dataset, first.architecture) and k in set(slopes.n_classes):
+            found.setdefault(k, []).extend([(width, ends[0])] if ends[0] == ends[1] else zip((16., 32.), ends))
+    return found
+
 def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, architecture and reading
                   ax=None):            # matplotlib Axes; None: a new figure
     "Normalised slope against width, a line a class count, beside published slopes and trend. Returns the Axes."
     _one_of(slopes, ["dataset", "architecture", "reading"])
-    ax = axes(ax, width=4.4)
-    d, a = slopes.dataset.iloc[0], slopes.architecture.iloc[0]
-    _slope_lines(slopes, "width", "n_classes", "{} classes", ax)
-    known = PUBLISHED_SLOPES[(PUBLISHED_SLOPES.dataset == d) & (PUBLISHED_SLOPES.architecture == a) & PUBLISHED_SLOPES.n_classes.isin(slopes.n_classes)]
-    for r in known.itertuples(): ax.plot([r.width] * 2, [r.low, r.high], "_-", ms=8, mew=2, color=COLOURS["published"])
-    if len(known): ax.plot([], [], "_", ms=8, mew=2, color=COLOURS["published"], label="published slopes")
-    at = np.array([slopes.width.min(), slopes.width.max()])
-    rise = PUBLISHED_TRENDS.get(f"capacity {a}", PUBLISHED_TRENDS["capacity"])
-    ax.plot(at, slopes.normalised.mean() + rise * (np.log(at) - np.log(slopes.width).mean()), "--", color=COLOURS["published"], label="published trend")
-    ax.set_xscale("log", base=2)
-    ax.set(xticks=(w := sorted(slopes.width.unique())), xticklabels=[f"{v:g}" for v in w], xlabel="width", ylabel="slope / F(0), per unit of ε")
-    ax.minorticks_off()
+    ax, s, known = axes(ax, width=4.4), slopes.assign(octave=np.log2(slopes.width)), _published_slopes(slopes)
+    _slope_lines(s, "octave", "n_classes", "{} classes", ax)
+    for i, (k, points) in enumerate(known.items()):
+        widths, values = zip(*points)
+        ax.plot(np.log2(widths), values, "*:", ms=7, color=COLOURS["published"], label=None if i else "published slopes")
+        for w, v in points:
+            text = f"{v:g}" + f"\n{k} classes" * (w == widths[-1])
+            ax.annotate(text, (np.log2(w), v), (0, 5), textcoords="offset points", ha="center", fontsize=8, color=COLOURS["published"], bbox=dict(fc="white", ec="none", pad=.5, alpha=.7))
+    at, rise = np.array([s.octave.min(), s.octave.max()]), PUBLISHED_TRENDS.get(f"capacity {s.architecture.iloc[0]}", PUBLISHED_TRENDS["capacity"])
+    ax.plot(at, s.normalised.mean() + rise * math.log(2) * (at - s.octave.mean()), "--", color=COLOURS["published"], label=f"published trend, {rise:+g} per e-fold")
+    ticks = sorted({*s.width, *(w for points in known.values() for w, _ in points)})
+    ax.set(xticks=np.log2(ticks), xticklabels=[f"{v:g}" for v in ticks], xlabel="width", ylabel="slope / F(0), per unit of ε")
     _legend(ax)
     return ax
 
@@ -520,10 +544,10 @@ def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, arch
 def plot_ratio(table:pd.DataFrame, # tidy, see `check_table`; one data set, architecture and reading
                by:str="n_classes", # a line for each: "n_classes", "width" or "layer"
                ax=None):           # matplotlib Axes; None: a new figure
-    "F relative to its mean at eps = 0 against eps: clean inputs solid, attacked dashed, networks as dots, published ratios as stars. Returns the Axes."
+    "F relative to its mean at eps = 0 against eps: clean inputs solid, attacked dashed, networks as dots, published ratios as stars, or arrows where they lie beyond ours. Returns the Axes."
     _one_of(table, [c for c in (*CONDITION, "layer") if c != by])
     ax = axes(ax, width=4.4)
-    levels = list(dict.fromkeys(table[by])) if by == "layer" else sorted(table[by].unique())
+    published, levels = [], list(dict.fromkeys(table[by])) if by == "layer" else sorted(table[by].unique())
     for level, colour in zip(levels, _shades(len(levels))):
         part = table[table[by] == level]
         ratio = part.assign(ratio=part.effective_features / part[part.eps == 0].effective_features.mean())
@@ -532,23 +556,43 @@ def plot_ratio(table:pd.DataFrame, # tidy, see `check_table`; one data set, arch
             ax.plot(mean.index, mean, style, color=colour, label={"layer": "{}", "width": "width {:g}", "n_classes": "{} classes"}[by].format(level) if kind == "clean" else None)
         ax.plot(ratio.eps, ratio.ratio, ".", ms=3, color=colour, alpha=.6)
         same = (PUBLISHED_RATIOS[list(known := ["dataset", "architecture", "n_classes", "layer"])] == part[known].iloc[0]).all(axis=1)
-        for ratio in PUBLISHED_RATIOS[same].ratio: ax.plot(part.eps.max(), ratio, "*", ms=9, color=COLOURS["published"], clip_on=False, label="published")
+        published += [(ratio, part.eps.max()) for ratio in PUBLISHED_RATIOS[same].ratio]
     for kind, style in zip(INPUTS, ("-", "--")): ax.plot([], [], style, color=COLOURS["control"], label=f"{kind} inputs")
     ax.axhline(1, color=COLOURS["control"], lw=1)
-    ax.set(xlabel="ε of the attacks trained against", ylabel="F / F(0)")
+    for ratio, x in published: _published(ax, ratio, f"published {ratio:g}", x)
+    ax.set(xticks=sorted(table.eps.unique()), xlabel="ε of the attacks trained against", ylabel="F / F(0)")
     _legend(ax)
     return ax
 
 # %% ../nbs/core/08_statistics.ipynb #36ceaa44
+def _look(handle): # colour, style and mark of a legend's entry
+    line = handle[0] if isinstance(handle, tuple) else handle
+    return str(line.get_color()), line.get_linestyle(), line.get_marker()
+
+def _share_legend(fig):
+    "Legends go below: entries that say the same in all panels below the figure, the others below their panel."
+    entries = [(a, label, handle) for a in fig.axes for handle, label in zip(*a.get_legend_handles_labels())]
+    meant = {(label, _look(handle)) for _, label, handle in entries}
+    labels, looks = ([pair[i] for pair in meant] for i in (0, 1))
+    common = {label: handle for _, label, handle in entries if labels.count(label) == looks.count(_look(handle)) == 1}
+    for a in fig.axes:
+        if a.get_legend(): a.get_legend().remove()
+        own = {label: handle for b, label, handle in entries if b is a and label not in common}
+        if own: a.legend(own.values(), own, loc="upper center", bbox_to_anchor=(.5, -.2), fontsize=8, ncols=3)
+    if common: fig.legend(common.values(), common, loc="outside lower center", fontsize=8, ncols=4)
+
 def _panels(parts, draw, title):
-    "A figure with a panel a part."
+    "A figure with a panel a part, two in a row, legends below."
     parts = list(parts)
-    fig, ax = figure(len(parts), width=4.2)
-    for (names, part), a in zip(parts, np.atleast_1d(ax)):
+    fig, ax = figure(min(len(parts), 2), width=3.4, height=3, rows=-(-len(parts) // 2), squeeze=False)
+    for (names, part), a in zip(parts, ax.flat):
         draw(part, a)
         a.set_title(title(*names))
+    for a in ax.flat[len(parts):]: a.remove()
+    _share_legend(fig)
     return fig
 
+# %% ../nbs/core/08_statistics.ipynb #71b2ae4e
 def _slope_panels(table, reading, by, what, draw, **kwargs):
     "Slopes, a panel a data set and architecture that has several values of `by`."
     s = network_slopes(_one_reading(table, reading), **kwargs)
@@ -575,8 +619,7 @@ def figure_9(table:pd.DataFrame,     # tidy, see `check_table`; one data set, ar
     def draw(part, ax):
         plot_ratio(part, "layer", ax)
         if part.architecture.iloc[0] == "resnet18":
-            for ratio in PUBLISHED_RESNET: ax.axhline(ratio, ls=":", color=COLOURS["published"], label="published extremes" if ratio == max(PUBLISHED_RESNET) else None)
-            _legend(ax)
+            for ratio, layers in zip(PUBLISHED_RESNET, ("early layers down", "late layers up")): _published(ax, ratio, f"published: {layers} to {ratio:g}")
     return _panels(check_table(_one_reading(table, reading), partial).groupby(["width"]), draw, "width {:g}".format)
 
 # %% ../nbs/core/08_statistics.ipynb #5ba0c368

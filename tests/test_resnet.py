@@ -59,8 +59,9 @@ def test_one_row_a_network_layer_input_and_reading(table):
 
 
 def test_the_figure_has_a_line_a_layer_and_a_panel_a_width(table):
-    ax, = figure_9(table, "default").axes
-    assert [t.get_text() for t in ax.get_legend().get_texts()][:5] == ORDER and ax.get_title("left") == "width 0.0625"
+    fig = figure_9(table, "default")
+    ax, = fig.axes
+    assert [t.get_text() for t in fig.legends[0].get_texts()][:5] == ORDER and ax.get_title("left") == "width 0.0625"
     assert len(figure_9(planted(.5, 4.), "released").axes) == 4
 
 

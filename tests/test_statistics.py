@@ -359,24 +359,46 @@ def test_figures_show_the_slopes(table):
     for draw in (S.figure_7, S.figure_8):
         fig = draw(both)
         assert [a.get_title("left") for a in fig.axes] == ["mnist, cnn1", "fashion_mnist, cnn1"]
-        labels = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
-        assert "published trend" in labels
-    assert "published slopes" in labels and "published slopes" not in [t.get_text() for t in fig.axes[1].get_legend().get_texts()]
+        labels = [t.get_text() for t in fig.legends[0].get_texts()]
+        assert any(label.startswith("published trend, ") for label in labels) and not any(a.get_legend() for a in fig.axes)
+    assert "published slopes" in labels and [a.get_legend_handles_labels()[1].count("published slopes") for a in fig.axes] == [1, 0]
+    assert {"0.24", "0.61\n2 classes", "-0.51\n10 classes"} <= {t.get_text() for t in fig.axes[0].texts}
     ax = S.plot_capacity(s)
     drawn = {round(float(y), 6) for line in ax.get_lines() for y in np.atleast_1d(line.get_ydata())}
     assert drawn >= {round(v, 6) for v in s.normalised}
 
 
 def test_ratios_are_relative_to_networks_never_attacked(table):
-    "The clean line starts at 1 where clean and attacked inputs are the same; a published ratio is a star at the largest radius."
+    "The clean line starts at 1 where clean and attacked inputs are the same; a published ratio is a star at the largest radius, or an arrow where it lies beyond ours."
     t = one(table, n_classes=2).replace({"architecture": {"cnn1": "cnn2"}})
     ax = S.plot_ratio(t, "layer")
     lines = [line for line in ax.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 4]
     assert len(lines) == 2 and all(line.get_ydata()[0] == pytest.approx(1) for line in lines)
+    assert [(t.get_text(), t.xy) for t in ax.texts] == [("published 2.2", (.3, 1))] and ax.get_ylim()[1] < 2.2   # beyond ours: an arrow at the upper edge
+    ax = S.plot_ratio(S.planted_table(lambda k, w: 5., architecture="cnn2", n_classes=(2,), widths=(8,), layers=dict(relu2=100)), "layer")
     star = [line for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xdata())]
-    assert [(float(*s.get_xdata()), float(*s.get_ydata())) for s in star] == [(.3, 2.2)]
+    assert [(float(*s.get_xdata()), float(*s.get_ydata())) for s in star] == [(.3, 2.2)] and ax.texts[0].get_text() == "published 2.2"
     with pytest.raises(ValueError, match="the rows differ in n_classes"): S.plot_ratio(table, "layer")
     assert [a.get_title("left") for a in S.figure_9(table[table.n_classes == 2]).axes] == ["width 8", "width 32"]
+
+
+def test_published_values_do_not_widen_the_axis():
+    "The axis holds ours, and the published extremes and trend are there as numbers."
+    t = S.planted_table(lambda k, w: -1., architecture="resnet18", n_classes=(10,), widths=(.5, 1.), layers=dict(layer4=100))
+    for ax in S.figure_9(t).axes:
+        low, high = ax.get_ylim()
+        assert .5 < low < .7 and 1 < high < 1.4
+        assert [t.get_text() for t in ax.texts] == ["published: early layers down to 0.5", "published: late layers up to 4"]
+    fig = S.figure_8(t)
+    assert np.ptp(fig.axes[0].get_ylim()) < 5 and "published trend, +31 per e-fold" in [t.get_text() for t in fig.legends[0].get_texts()]
+
+
+def test_a_legend_says_one_thing_in_all_panels(table):
+    "Where panels have other widths, in the same colours, each has its legend; what they share is said once; no panel is left empty."
+    both = pd.concat([table, table.replace({"architecture": {"cnn1": "mlp1"}}).assign(width=lambda t: 2 * t.width), table.assign(dataset="fashion_mnist")])
+    fig = S.figure_7(both)
+    assert len(fig.axes) == 3 and [[t.get_text() for t in a.get_legend().get_texts()] for a in fig.axes] == [["width 8", "width 32"], ["width 16", "width 64"], ["width 8", "width 32"]]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["published trend, -0.745 per step"]
 
 
 def test_regimes_say_what_is_sure(table):
