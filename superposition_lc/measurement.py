@@ -66,16 +66,19 @@ class Measurement:
         return m
     def __repr__(self): return f"{self._title()}\n{_rounded(self.table).to_string(index=False)}"
     def _repr_html_(self):
-        with pd.option_context("display.max_colwidth", None): return f"<p>{self._title()}</p>{_rounded(self.table).to_html(index=False, border=0)}"
+        with pd.option_context("display.max_colwidth", None): return f"<p>{self._title()}</p>{_rounded(self.table).to_html(index=False, border=0, classes='measurement')}"
     def _title(self):
         n, flagged = self.per_seed.seed.nunique(), int((self.table.warning != "").sum())
         return f"Superposition of {len(self.table)} layer(s), {n} seed(s)" + (f", {flagged} flagged" if flagged else "")
 
 # %% ../nbs/core/07_measurement.ipynb #0c54d6ef
+_FIRST = ["layer", "n_neurons", "effective_features", "low", "high", "superposition", "warning"]
+
 def _rounded(table):
-    "The table as people read it: two to four significant places, shorter names of numbers kept."
+    "The table as people read it: two to four significant places, a warning beside the number that it is about, then quality and sizes."
     digits = dict(effective_features=1, low=1, high=1, superposition=2, l0=1, fvu=3, dead_fraction=2)
-    return table.assign(**{c: table[c].map(f"{{:.{d}f}}".format) for c, d in digits.items()})
+    shown = table.assign(**{c: table[c].map(f"{{:.{d}f}}".format) for c, d in digits.items()})
+    return shown[[*_FIRST, *(c for c in shown if c not in _FIRST)]]
 
 def _plot(table, ax=None):
     "Effective features of each layer with intervals, beside its number of neurons. Returns the Axes."

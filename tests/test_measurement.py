@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -323,9 +324,11 @@ def test_repr(two):
     row = pd.DataFrame([GOOD | dict(effective_features=20.123456, low=19.04, fvu=.12345, dead_fraction=.999, superposition=2.0123)])
     text = repr(Measurement(row.drop(columns=["seed", "stderr", "df", "shift"]), row, {}))
     assert text.startswith("Superposition of 1 layer(s), 1 seed(s)\n") and "flagged" not in text
-    assert text.splitlines()[2].split() == ["a", "10", "80", "99", "20.1", "19.0", "21.0", "2.01", "3.0", "0.123", "1.00", "True"]
+    assert text.splitlines()[2].split() == ["a", "10", "20.1", "19.0", "21.0", "2.01", "80", "99", "3.0", "0.123", "1.00", "True"]
     assert "1 seed(s)" not in repr(two) and "flagged" in repr(two)
     assert "<table" in two._repr_html_() and "dense code" in two._repr_html_()
+    header = "layer n_neurons effective_features low high superposition warning n_features n_samples l0 fvu dead_fraction converged".split()  # a warning is seen without scrolling
+    assert repr(two).splitlines()[1].split() == re.findall("<th>(.*?)</th>", two._repr_html_()) == header and list(two.table)[-1] == "warning"
 
 
 @pytest.mark.parametrize("progress", [True, False])
