@@ -316,7 +316,7 @@ def universal_reduction(table:pd.DataFrame,   # tidy, see `check_table`
     s = s.assign(p_above=_holm(stdtr(s.df, -s.normalised / s.stderr)), p_below=stdtr(s.df, s.normalised / s.stderr))
     above, below = int((s.p_above < alpha).sum()), int((s.p_below < alpha).sum())
     verdict = "rejected" if above else "supported" if below == len(s) else "undecided"
-    reason = f"of {len(s)} slopes {(s.normalised < 0).sum()} lie below 0; {above} are above 0 beyond doubt (Holm, p < {alpha:g})"
+    reason = f"{below} of {len(s)} slopes below 0 (p < {alpha:g}), {above} above (Holm)"
     return Hypothesis("H1, adversarial training lowers F everywhere", verdict, reason, combined, s, dict(reading=s.reading.iloc[0], inputs=inputs, unit=unit, method=method),
                       "rejected", "; ".join(_flagged(t)))
 
@@ -388,7 +388,7 @@ def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number o
                unit:str="network",       # what is independent
                method:str="random",      # see `combine_effects`
                partial:bool=False,       # True: leave unfinished conditions out
-              )->pd.DataFrame: # hypothesis, reading, inputs, effect, stderr, z, p, p_t, Q, I2, tau2, k, verdict; one row for each
+              )->pd.DataFrame: # hypothesis, reading, inputs, effect, stderr, z, p, p_t, Q, I2, tau2, k, verdict, reason; one row for each
     "H1, H2 and H3 in every reading of F and on each kind of inputs. H2 and H3 are left out where the table does not vary what they are about."
     rows = []
     for test, vary in ((universal_reduction, None), (complexity, "n_classes"), (capacity, "width")):
@@ -396,7 +396,7 @@ def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number o
         for reading, kind in product(dict.fromkeys(table.reading), inputs):
             h = test(table, reading, kind, unit, method, partial)
             c = asdict(h.combined)
-            rows.append(dict(hypothesis=h.claim.split(",")[0], reading=reading, inputs=kind) | {n: c[n] for n in ("effect", "stderr", "z", "p", "p_t", "Q", "I2", "tau2", "k")} | dict(verdict=h.verdict))
+            rows.append(dict(hypothesis=h.claim.split(",")[0], reading=reading, inputs=kind) | {n: c[n] for n in ("effect", "stderr", "z", "p", "p_t", "Q", "I2", "tau2", "k")} | dict(verdict=h.verdict, reason=h.reason))
     return pd.DataFrame(rows)
 
 # %% ../nbs/core/08_statistics.ipynb #2a2a1f94

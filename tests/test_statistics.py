@@ -264,8 +264,15 @@ def test_all_hypotheses_in_all_readings(table):
     assert len(summary) == 18 and not summary.duplicated(["hypothesis", "reading", "inputs"]).any()
     row = summary[(summary.hypothesis == "H3") & (summary.reading == "default") & (summary.inputs == "attacked")].iloc[0]
     h = S.capacity(table, inputs="attacked")
-    assert (row.effect, row.p, row.verdict) == (h.combined.effect, h.combined.p, h.verdict)
+    assert (row.effect, row.p, row.verdict, row.reason) == (h.combined.effect, h.combined.p, h.verdict, h.reason)
     assert set(S.hypotheses(table[table.n_classes == 2]).hypothesis) == {"H1", "H3"}
+
+
+def test_an_undecided_h1_says_why():
+    "One slope is far below 0, the other's error too large: the combined p is small, the verdict goes by both."
+    t = S.planted_table(lambda k, w: -2. if w == 8 else -.01, n_classes=(2,), network_sd=.05)
+    row = S.hypotheses(t, ("pooled",)).iloc[0]
+    assert row.verdict == "undecided" and row.reason == "1 of 2 slopes below 0 (p < 0.05), 0 above (Holm)"
 
 
 def test_datasets_in_pairs():
