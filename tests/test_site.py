@@ -168,6 +168,12 @@ TOO_WIDE = """document.documentElement.scrollWidth <= document.documentElement.c
     ...[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3).map(e => e.outerHTML.slice(0, 120))]"""
 
 
+UNSIGNED = """[...document.querySelectorAll('div.math mjx-container')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).backgroundImage == 'none')
+    .map(e => e.parentElement.id || e.textContent.slice(0, 40))"""
+UNWARNED = """[...document.querySelectorAll('table.measurement')].filter(t => [...t.querySelectorAll('th')].find(th => th.textContent == 'warning')
+    .getBoundingClientRect().right > t.parentElement.getBoundingClientRect().right).map(t => t.textContent.slice(0, 80))"""
+
+
 def test_no_markdown_is_left_raw(notebook_pages):
     "Links are links, in prose and in signatures; code that is about links may show them."
     raw = re.compile(r"\[[^\]\n]*\]\((?:https?:|/)[^)\n]*\)")
@@ -181,7 +187,7 @@ def test_no_markdown_is_left_raw(notebook_pages):
 
 
 def test_pages_in_a_browser(browser, url, notebook_pages):
-    "No errors in the console, equations drawn, figures loaded, nothing wider than a desktop's window or a phone."
+    "No errors in the console, equations drawn, figures loaded, nothing wider than a desktop's window or a phone, warnings in sight."
     problems = []
     for name, soup in notebook_pages.items():
         resize(browser, 1280)
@@ -195,8 +201,10 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
         loose = "[...document.querySelectorAll('article img')].filter(i => !i.closest('a')).map(i => i.src)"
         problems += [f"{name}: figure that does not open at full size: {src}" for src in browser.execute_script(f"return {loose}")]
         problems += [f"{name}: too wide for a desktop: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
+        problems += [f"{name}: a warning that is seen by scrolling only: {what}" for what in browser.execute_script(f"return {UNWARNED}")]
         resize(browser, PHONE)
         problems += [f"{name}: too wide: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
+        problems += [f"{name}: a formula that scrolls without a sign: {what}" for what in browser.execute_script(f"return {UNSIGNED}")]
         problems += [f"{name}: {entry['message']}" for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not problems, "\n".join(problems)
 
