@@ -8,6 +8,8 @@ addEventListener("DOMContentLoaded", () => {
   }
   // Names of columns may break after an underscore, so that more columns fit.
   for (const name of document.querySelectorAll(".cell_output thead th")) name.innerHTML = name.innerHTML.replaceAll("_", "_<wbr>");
+  // Words in a table wrap, but not into a column of single words.
+  for (const cell of document.querySelectorAll(".cell_output table.dataframe td")) cell.classList.toggle("words", cell.textContent.length > 30);
   // Printed lines wrap as prose does. Where rows of a table are among them, whose columns must stay in line, only long lines do.
   for (const pre of document.querySelectorAll(".cell_output .output pre")) {
     const table = /\S {3,}\S/.test(pre.textContent);
