@@ -186,10 +186,13 @@ def _row_step(W, z, x, m, v, t, rate):
 def _ramp(f, start, end): return min(1, max(0, (f - start) / (end - start)))  # 0 up to start, 1 from end on
 
 # %% ../nbs/core/04_sparse_coding.ipynb #6be3f1a9
+_STRICT = 3  # times λ at the start of a second search
+
 class _Search:
     "K dictionaries that learn. With `grow`, rows are added and dispensable ones go; where that is limited, a lean copy goes on without the limit."
     def __init__(self, x, seeds, W, l1, again=False):
         self.again = again  # a second search: adds no rows, and drops light-tailed ones first
+        self.strict, self.hold = (_STRICT, .1) if again else (1, .4)  # how many times λ at the start, up to which part of the steps
         self.alive = [a[a.square().sum(1) > 1e-6] for a in x]  # silent samples teach nothing
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.W, self.l1, self.owner = W, l1, torch.arange(len(W), device=W.device)
@@ -331,7 +334,8 @@ def _learn(s, steps, batch_size, lr, tick, grow):
     K = len(s.W)
     for t in range(1, steps + 1):
         f = (t - 1) / steps
-        s.step(t, batch_size, s.l1 * .25**_ramp(f, .4, .9), lr * (1 + math.cos(math.pi * _ramp(f, .3, 1))) / 2)
+        l1 = s.l1 * s.strict * (.25 / s.strict)**_ramp(f, s.hold, .9)
+        s.step(t, batch_size, l1, lr * (1 + math.cos(math.pi * _ramp(f, .3, 1))) / 2)
         if t % max(1, steps // (18 if grow else 12)) == 0:
             s.prune()
             if grow and f >= .4: _drop(s)
@@ -358,6 +362,5 @@ def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations
     s = _Search(x, seeds, W, l1)
     W = _learn(s, steps, batch_size, lr, tick, grow)
     if grow:
-        again = round(steps * min(2, max(.5, W.shape[2] / 32)))  # wide layers have more rows to choose among
-        W = _start_again(s, W, x, seeds, lambda r: _learn(r, again, batch_size, 2 * lr, lambda n: None, grow))
+        W = _start_again(s, W, x, seeds, lambda r: _learn(r, steps, batch_size, 2 * lr, lambda n: None, grow))
     return pad(W, (0, 0, 0, max(0, D - W.shape[1])))[:, :D]

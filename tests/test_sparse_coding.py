@@ -212,6 +212,24 @@ def test_light_tailed_rows_are_handicapped():
     torch.testing.assert_close(more[:79], handicap, atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("seed", [0])
+def test_in_a_second_search_rows_that_are_no_features_starve(seed, monkeypatch):
+    "256 features in 64 neurons: after 240 steps other rows are used a twentieth as much as a feature, at the first search's penalty half as much (control)."
+    p = planted_activations(256, 64, 10_000, activity=.05, seed=seed)
+    x = p.activations / p.activations.square().mean().sqrt()
+    rows = _pursue(x[None], [torch.Generator().manual_seed(seed)])
+
+    def others():
+        s = sparse_coding._Search([x], [seed], rows.clone(), torch.tensor([[.6]]), again=True)
+        for t in range(1, 241): s.step(t, 128, s.l1 * s.strict, 6e-3)
+        best = torch.zeros(rows.shape[1], dtype=torch.bool).index_fill_(0, (s.W[0] @ p.directions.T).argmax(0), True)
+        return (s.usage[0, ~best].median() / s.usage[0, best].median()).item()
+
+    strict = others()
+    monkeypatch.setattr(sparse_coding, "_STRICT", 1)
+    assert strict < .1 and others() > .3
+
+
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("ratio, taken", [(.94, True), (.96, False)])
 def test_a_second_search_has_to_pay(ratio, taken, lean, monkeypatch):
