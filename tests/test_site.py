@@ -168,7 +168,7 @@ TOO_WIDE = """document.documentElement.scrollWidth <= document.documentElement.c
     ...[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3).map(e => e.outerHTML.slice(0, 120))]"""
 
 
-UNSIGNED = """[...document.querySelectorAll('div.math mjx-container')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).backgroundImage == 'none')
+UNSIGNED = """[...document.querySelectorAll('div.math mjx-container, .cell_output .text_html')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).backgroundImage == 'none')
     .map(e => e.parentElement.id || e.textContent.slice(0, 40))"""
 UNWARNED = """[...document.querySelectorAll('table.measurement')].filter(t => [...t.querySelectorAll('th')].find(th => th.textContent == 'warning')
     .getBoundingClientRect().right > t.parentElement.getBoundingClientRect().right).map(t => t.textContent.slice(0, 80))"""
@@ -204,7 +204,7 @@ def test_pages_in_a_browser(browser, url, notebook_pages):
         problems += [f"{name}: a warning that is seen by scrolling only: {what}" for what in browser.execute_script(f"return {UNWARNED}")]
         resize(browser, PHONE)
         problems += [f"{name}: too wide: {what}" for what in browser.execute_script(f"return {TOO_WIDE}")]
-        problems += [f"{name}: a formula that scrolls without a sign: {what}" for what in browser.execute_script(f"return {UNSIGNED}")]
+        problems += [f"{name}: a formula or table that scrolls without a sign: {what}" for what in browser.execute_script(f"return {UNSIGNED}")]
         problems += [f"{name}: {entry['message']}" for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not problems, "\n".join(problems)
 
