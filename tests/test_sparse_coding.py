@@ -230,6 +230,16 @@ def test_in_a_second_search_rows_that_are_no_features_starve(seed, monkeypatch):
     assert strict < .1 and others() > .3
 
 
+@pytest.mark.parametrize("n_neurons, steps", [(32, 50), (33, 100)])
+def test_a_wide_layer_is_searched_longer_the_second_time(n_neurons, steps, monkeypatch):
+    "Twice the steps from 33 neurons on; the first search takes the same at any width."
+    taken = []
+    monkeypatch.setattr(sparse_coding, "_learn", lambda s, steps, *_: taken.append(steps) or s.W)
+    monkeypatch.setattr(sparse_coding, "_start_again", lambda s, W, x, seeds, learn: learn(s))
+    refine([torch.rand(100, n_neurons)], unit(1, 8, n_neurons, dtype=torch.float32), None, .6, [0], steps=50, grow=True)
+    assert taken == [50, steps]
+
+
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("ratio, taken", [(.94, True), (.96, False)])
 def test_a_second_search_has_to_pay(ratio, taken, lean, monkeypatch):
