@@ -6,7 +6,7 @@ SETUP := settings.ini setup.py constraints.txt
 .PHONY: help demo test bench docs lab export clean
 
 help:
-	@echo "make demo   train a small network, measure its superposition, show a table and a figure"
+	@echo "make demo   train four small networks, three of them against attacks, and measure each: a table and a figure"
 	@echo "make test   all tests"
 	@echo "make bench  how fast: ratios against plain loops and the machine's limit, kept in results/ (minutes)"
 	@echo "make docs   the documentation site, in _docs/"

@@ -20,7 +20,7 @@ from .runs import atomic_path
 from .statistics import seed_interval
 
 # %% ../nbs/core/08b_report.ipynb #67300c47
-RULE = ("The published value, plus and minus two of its errors where an error is known, is held against the 95% interval of ours. No overlap: differs. Overlap: agrees, "
+RULE = ("The published value, plus and minus two of its errors where an error is known (of a number without one, that of its rounding or of reading it from a figure), is held against the 95% interval of ours. No overlap: differs. Overlap: agrees, "
         "unless our interval is as wide as the published value is large; then, and where ours has no interval: cannot tell. "
         "A claim in words counts as 1, ours is the part of the networks or conditions in which it holds, from those beyond doubt to those not ruled out.")
 

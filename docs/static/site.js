@@ -1,10 +1,12 @@
 addEventListener("DOMContentLoaded", () => {
-  // A figure is a link to itself: wide ones are small on a page, and smaller on a phone.
+  // A figure is a link to itself: wide ones are small on a page, and smaller on a phone, where they scroll.
   for (const figure of document.querySelectorAll("article img:not(a img)")) {
     const link = document.createElement("a");
     link.href = figure.src;
     figure.replaceWith(link);
     link.append(figure);
+    const mark = () => link.classList.toggle("wide-figure", figure.naturalWidth > 700 && figure.naturalWidth > 1.5 * figure.naturalHeight);
+    figure.complete ? mark() : figure.addEventListener("load", mark);
   }
   // Names of columns may break after an underscore, so that more columns fit.
   for (const name of document.querySelectorAll(".cell_output thead th")) name.innerHTML = name.innerHTML.replaceAll("_", "_<wbr>");
