@@ -307,7 +307,7 @@ def row_prices(x:Tensor,        # (K, S, N) scaled activations
 
 _CROWDED = .25  # codes a neuron from which on there is a second search
 _BETTER = .95   # of the first one's cost: what it must not exceed
-_WIDE = 32      # neurons: with more it takes twice the steps
+_LONGER = 32    # neurons: with more it takes twice the steps
 
 def _judged(x, W, l1, tau): # codes a sample, cost a sample: (K,) each
     z = _codes(x, W, row_prices(x, W, l1), step_bound(W), 40)
@@ -363,6 +363,6 @@ def refine(x:Sequence[Tensor],   # for each of K members: its scaled activations
     s = _Search(x, seeds, W, l1)
     W = _learn(s, steps, batch_size, lr, tick, grow)
     if grow:
-        again = steps * (1 + (W.shape[2] > _WIDE))
+        again = steps * (1 + (W.shape[2] > _LONGER))
         W = _start_again(s, W, x, seeds, lambda r: _learn(r, again, batch_size, 2 * lr, lambda n: None, grow))
     return pad(W, (0, 0, 0, max(0, D - W.shape[1])))[:, :D]
