@@ -5,7 +5,7 @@ addEventListener("DOMContentLoaded", () => {
     link.href = figure.src;
     figure.replaceWith(link);
     link.append(figure);
-    const mark = () => link.classList.toggle("wide-figure", figure.naturalWidth > 700 && figure.naturalWidth > 1.5 * figure.naturalHeight);
+    const mark = () => link.classList.toggle("wide-figure", figure.naturalWidth > 700);
     figure.complete ? mark() : figure.addEventListener("load", mark);
   }
   // Names of columns may break after an underscore, so that more columns fit.
