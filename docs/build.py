@@ -14,12 +14,12 @@ from sphinx.cmd.build import main as sphinx
 
 from superposition_lc import _modidx
 
-from reader import BADGE, BLOB, CFG, ROOT, SITE, alt, code, load, notebooks, options, outputs, page, relink, slug
+from reader import BADGE, BLOB, CFG, ROOT, SITE, alt, code, load, notebooks, options, outputs, page, relink, signature, slug
 
 GROUPS = {"tutorials": "Tutorials", "experiments": "The paper, section by section", "core": "The measure, bottom up", "about": "About"}
 # nbdev's show_doc starts with a rule, a source link and a heading; each gets its place on the page.
-SHOW_DOC = re.compile(r"^---\s+(?:\[source\]\((?P<source>[^)]+)\)\{[^}]*\}\s+)?#+ (?P<name>\S+)\s+", re.MULTILINE)
-# It makes links in comments of the signature, where they show as they are written, and sets the docstring in italics, which its own stars would end.
+SHOW_DOC = re.compile(r"^---\s+(?:\[source\]\((?P<source>[^)]+)\)\{[^}]*\}\s+)?#+ \S+\s+", re.MULTILINE)
+# Its signature gives way to the source's own, and it sets the docstring in italics, which its own stars would end.
 SIGNATURE, CODE_LINK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL), re.compile(r"\[`([^`\n]+)`\]\([^)\s]*\)")
 AMBIGUOUS = {name for name, n in Counter(symbol.removeprefix(f"{module}.") for module, symbols in _modidx.d["syms"].items() for symbol in symbols).items() if n > 1}  # nbdev would link to any
 DOCSTRING, STAR = re.compile(r"^\*([^*\n].*)\*$", re.MULTILINE), re.compile(r"(`[^`]*`)|\*")
@@ -29,7 +29,7 @@ class Page:
     "One notebook on its way to a page: links, images and cells translated to what Sphinx (MyST) reads."
 
     def __init__(self, path: Path, site: Path):
-        self.path, self.site, self.name = path, site, page(path)
+        self.path, self.site, self.name, self.nb = path, site, page(path), load(path)
 
     def target(self, url: str) -> str:
         "Where a link or image of the notebook leads on the site: to a page, a copied image, or the repository."
@@ -58,18 +58,22 @@ class Page:
         if BADGE.search(source):
             links = BADGE.sub(r"[Open in Colab](\1)", source)
             return new_markdown_cell("{.notebook-links}\n" + links + f" [Notebook on GitHub]({notebook})")
+        return new_markdown_cell(self.relinked(source))
+
+    def relinked(self, source: str) -> str:
+        "Links translated; nbdev's links to a name that several modules have are dropped."
         source = CODE_LINK.sub(lambda m: f"`{m[1]}`" if m[1].strip("()") in AMBIGUOUS else m[0], source)
-        return new_markdown_cell(relink(source, self.target))
+        return relink(source, self.target)
 
     def show_doc(self, cell):
         "nbdev's documentation of one symbol: heading, source link, signature, docstring."
         source = "".join("".join(out.data["text/markdown"]) for out in outputs(cell) if "text/markdown" in out.get("data", {}))
+        name = code(cell).removeprefix("show_doc(").removesuffix(")")
         def heading(m):
             link = f"[source]({m['source']}){{.source-link}}\n\n" if m["source"] else ""
-            return f"{'####' if '.' in m['name'] else '###'} {m['name']}\n\n{link}"
-        source = SIGNATURE.sub(lambda m: CODE_LINK.sub(r"\1", m[0]).replace("__main__.", ""), SHOW_DOC.sub(heading, source))
-        source = DOCSTRING.sub(lambda m: STAR.sub(lambda star: star[1] or r"\*", m[1]), source)
-        return new_markdown_cell(relink(source, self.target))
+            return f"{'####' if '.' in name else '###'} {name}\n\n{link}"
+        source = SIGNATURE.sub(lambda m: f"```python\n{signature(self.nb, name)}\n```", SHOW_DOC.sub(heading, source), count=1)
+        return new_markdown_cell(self.relinked(DOCSTRING.sub(lambda m: STAR.sub(lambda star: star[1] or r"\*", m[1]), source)))
 
     def code(self, cell):
         "A code cell with its outputs, shown as its flags say."
@@ -87,11 +91,10 @@ class Page:
 
     def write(self, tail: str = "") -> None:
         "Write the page's notebook into the site's source folder; `tail` is appended as markdown."
-        nb = load(self.path)
-        head = nb.frontmatter_
+        head = self.nb.frontmatter_
         lead = "{.lead}\n" + head["description"] if "description" in head else ""
         cells = [new_markdown_cell(f"# {head['title']}\n\n{lead}")]
-        cells += [self.cell(c) for c in nb.cells if code(c)] + [new_markdown_cell(tail)] * bool(tail)
+        cells += [self.cell(c) for c in self.nb.cells if code(c)] + [new_markdown_cell(tail)] * bool(tail)
         for i, cell in enumerate(cells):
             cell.id = f"cell-{i}"  # the same site from the same notebooks
         place = self.site / f"{self.name}.ipynb"

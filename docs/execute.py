@@ -28,7 +28,7 @@ def run_cells(nb, folder: Path, flags=()) -> str:
     os.chdir(folder)
     sys.path.insert(0, str(ROOT))
     shell = CaptureShell(mpl_format="png")
-    shell.run("import matplotlib; matplotlib.rcParams['figure.dpi'] = 100")
+    shell.run("import matplotlib, pandas; matplotlib.rcParams['figure.dpi'] = 100; pandas.set_option('display.max_colwidth', None)")
     for cell in nb.cells:
         cell.directives_ = extract_directives(cell, remove=False)
         if skipped(cell, flags):

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from textwrap import wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
@@ -76,11 +77,58 @@ class MethodDocs(Processor):
                 self.nb.cells[i:i] = shown[::-1]  # the order is turned round in SourceUnderDocs
 
 
+def definitions(nb, name: str) -> list:
+    "(source, node) of the exported function or class `name`; for a class also those of its private bases, whose methods are its own."
+    found = [(c.source, node) for c in nb.cells for node in c.parsed_() or [] if getattr(node, "name", "") == name]
+    bases = [b.id for _, node in found for b in getattr(node, "bases", []) if isinstance(b, ast.Name) and b.id.startswith("_")]
+    return found + [d for base in bases for d in definitions(nb, base)]
+
+
+def functions(nb, name: str) -> dict[str, tuple]:
+    "{name: (source, node)} of all methods of the class `name`."
+    return {node.name: (source, node) for source, owner in reversed(definitions(nb, name)) for node in owner.body if isinstance(node, ast.FunctionDef)}
+
+
 def methods(nb, name: str) -> list[str]:
-    "Public methods with a docstring in the body of the class `name`."
-    classes = [node for c in nb.cells for node in c.parsed_() or [] if isinstance(node, ast.ClassDef) and node.name == name]
-    return [f"{name}.{node.name}" for c in classes for node in c.body
-            if isinstance(node, ast.FunctionDef) and node.name[0] != "_" and ast.get_docstring(node)]
+    "Public methods with a docstring of the class `name`."
+    if not any(isinstance(node, ast.ClassDef) for _, node in definitions(nb, name)):
+        return []
+    return [f"{name}.{m}" for m, (_, node) in functions(nb, name).items() if m[0] != "_" and ast.get_docstring(node)]
+
+
+def row(line: str, width: int = 88) -> str:
+    "A parameter or field on a line of its own; its comment goes on below where it is long."
+    name, mark, comment = re.sub(r" {2,}#", " #", line.strip()).partition(" # ")
+    first, *more = wrap(comment, width, initial_indent=" " * (len(name) + 7), subsequent_indent="        # ", break_long_words=False) or [""]
+    return "\n".join([f"    {name}{mark}{first.strip()}", *more])
+
+
+def header(source: str, node, call: str = "") -> str:
+    "What stands before the body of a function or class, a parameter a line as it is written; `call` replaces `def name`."
+    lines, body = source.splitlines(), node.body[0]
+    decorators = ["@" + ast.unparse(d) for d in node.decorator_list]
+    before = [*lines[node.lineno - 1:body.lineno - 1], lines[body.lineno - 1].encode()[:body.col_offset].decode()]
+    text = re.sub(r"\((self|cls)(,\s*|(?=\)))", "(", "\n".join(line.strip() for line in before).strip(), count=1)
+    text = re.sub(r"^(def|class) \w+", call or r"\g<0>", text)
+    if "\n" in text:
+        start, _, rest = text.partition("(")
+        text = "\n".join([start + "(", *(row(line).removeprefix("    " * (line[0] == ")")) for line in rest.splitlines() if line)])
+    return "\n".join([*decorators, text])
+
+
+def signature(nb, name: str) -> str:
+    "How `name` or `Class.method` is made or called, with the comments on its parameters or fields; nbdev's own loses those of fields and of `**kwargs`."
+    owner, _, method = name.partition(".")
+    if method:
+        return header(*functions(nb, owner)[method])
+    source, node = definitions(nb, name)[0]
+    if isinstance(node, ast.FunctionDef):
+        return header(source, node)
+    if init := functions(nb, name).get("__init__"):
+        return header(*init, call=f"class {name}")
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    rows = source.splitlines()[fields[0].lineno - 1:fields[-1].end_lineno] if fields else []
+    return "\n".join([header(source, node), *map(row, rows)])
 
 
 class ReaderFilter(FilterDefaults):

@@ -91,6 +91,19 @@ def test_symbols_link_to_their_source(notebook_pages):
             assert re.search(r"\.py#L\d+$", link["href"]), f"{name}: {link['href']}"
 
 
+def test_symbols_are_documented_as_they_are_written(notebook_pages):
+    "Comments on parameters, on `**kwargs` and on a dataclass's fields, defaults by name, methods, also those of a private base."
+    def entry(page, anchor):
+        return notebook_pages[f"core/{page}.html"].find("section", id=anchor).get_text()
+    assert "def provenance(\n    **settings # anything that describes the run" in entry("runs", "provenance")
+    assert "**kwargs): # passed to matplotlib's subplots" in entry("plotting", "figure")
+    config = entry("sae", "saeconfig")
+    assert "@dataclass(frozen=True)\nclass SAEConfig:" in config and "tolerance: float = 0.03 # converged" in config and "prefixes: tuple = PREFIXES #" in config
+    assert "class SparseAutoencoder(\n    n_neurons:int, # N" in entry("sae", "sparseautoencoder")
+    assert "def update(\n    codes:Tensor, #" in entry("entropy", "shareaccumulator.update")
+    assert "@classmethod\ndef load(path:str|Path)" in entry("text", "textmeasurement.load")
+
+
 def test_titles_and_alternative_texts(pages):
     "For search engines, screen readers and tabs."
     for name, soup in pages.items():

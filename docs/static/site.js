@@ -10,15 +10,32 @@ addEventListener("DOMContentLoaded", () => {
   }
   // Names of columns may break after an underscore, so that more columns fit.
   for (const name of document.querySelectorAll(".cell_output thead th")) name.innerHTML = name.innerHTML.replaceAll("_", "_<wbr>");
+  // In the page's contents a method stands under its class, and long names break where their parts meet.
+  for (const link of document.querySelectorAll(".bd-sidebar-secondary nav a")) {
+    for (const text of [...link.querySelectorAll("*"), link].flatMap((e) => [...e.childNodes]).filter((n) => n.nodeType === Node.TEXT_NODE)) {
+      const parts = text.data.replace(/^\s*[A-Z]\w+(?=\.\w+\s*$)/, "").split(/(?<=\w_)(?=\w)/);
+      text.replaceWith(...parts.flatMap((part) => [part, document.createElement("wbr")]).slice(0, -1));
+    }
+  }
   // Words in a table wrap, but not into a column of single words.
   for (const cell of document.querySelectorAll(".cell_output table.dataframe td")) cell.classList.toggle("words", cell.textContent.length > 30);
-  // Printed lines wrap as prose does. Where rows of a table are among them, whose columns must stay in line, only long lines do.
+  // No comma or bracket alone at the start of a line: what follows a formula stays with it.
+  for (const formula of document.querySelectorAll("article span.math")) {
+    const mark = formula.nextSibling?.nodeType === Node.TEXT_NODE && formula.nextSibling.data.match(/^[^\s\w]{1,2}/);
+    if (!mark) continue;
+    formula.nextSibling.splitText(mark[0].length);
+    const pair = document.createElement("span");
+    pair.className = "with-mark";
+    formula.before(pair);
+    pair.append(formula, pair.nextSibling);
+  }
+  // Printed lines wrap as prose does, rows of a matrix do not. Where rows of a table are among them, whose columns must stay in line, only long lines do.
   for (const pre of document.querySelectorAll(".cell_output .output pre")) {
     const table = /\S {3,}\S/.test(pre.textContent);
     pre.replaceChildren(...pre.textContent.split(/(?<=\n)/).map((text) => {
       const line = document.createElement("span");
       line.textContent = text;
-      line.className = /\S {3,}\S/.test(text) || (table && text.length < 90) ? "aligned" : "";
+      line.className = /\S {3,}\S|^(tensor\(|array\()?\[\[|^\s+\[/.test(text) || (table && text.length < 90) ? "aligned" : "";
       return line;
     }));
   }
