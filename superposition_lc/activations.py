@@ -128,7 +128,8 @@ class Activations:
     clusters: Tensor # (S,) int64, number of the input (image, text) that a sample comes from
 
     @property
-    def n_neurons(self)->int: # N
+    def n_neurons(self)->int:
+        "N, the width of the layer."
         return self.values.shape[1]
 
     def __len__(self): return len(self.values)

@@ -262,6 +262,11 @@ class _GroupSums:
         self._singles = torch.zeros(self.n_groups, dtype=torch.int64) # samples that are clusters of their own, by group
         self._ids = set() # ids of all other clusters
 
+    @property
+    def n_clusters(self)->int:
+        "Clusters seen so far: ids, and samples without one."
+        return len(self._ids) + int(self._singles.sum())
+
     def update(self,
         codes:Tensor, # (..., D) codes of any sign and real dtype; a batch may be empty
         clusters:Tensor|None=None, # integer ids, one for each entry of codes' first dimension(s) or one for all; None: every sample is its own cluster
@@ -299,9 +304,9 @@ class ShareAccumulator(_GroupSums):
         return self._add(slice(group, group + 1), sums, torch.zeros_like(self._singles), ids, n_samples)
 
     @property
-    def n_clusters(self)->int: return len(self._ids) + int(self._singles.sum())
-    @property
-    def shares(self)->Tensor: return _normalise(self._sums.sum(0))
+    def shares(self)->Tensor:
+        "(D,) float64 share of each feature in everything seen so far; ValueError if no code was active."
+        return _normalise(self._sums.sum(0))
 
     def estimate(self,
         level:float=.95, # coverage of the interval

@@ -124,7 +124,9 @@ class Taming:
     neurons: tuple  # those that are changed
 
     def __call__(self, x): return torch.minimum(torch.maximum((x - self.shift.to(x)) / self.divisor.to(x), -self.limit.to(x)), self.limit.to(x)) if self.neurons else x
-    def undo(self, x): return x * self.divisor.to(x) + self.shift.to(x) if self.neurons else x
+    def undo(self, x:Tensor)->Tensor:
+        "(..., N) tamed activations -> as they were, but for what the limit cut off."
+        return x * self.divisor.to(x) + self.shift.to(x) if self.neurons else x
 
 def tame(x:Tensor, # (S, N) activations that the map is fitted to
         )->Taming: # leaves a layer without outliers as it is

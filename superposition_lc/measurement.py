@@ -48,7 +48,9 @@ class Measurement:
     per_seed: pd.DataFrame # the same for each seed; its interval holds the sampling error only
     settings: dict         # estimator, seeds, versions, machine, time
 
-    def plot(self, ax=None): return _plot(self.table, ax)
+    def plot(self, ax=None):
+        "Superposition of each layer with its interval, flagged ones hollow, on matplotlib Axes `ax` (None: a new figure). Returns the Axes."
+        return _plot(self.table, ax)
     def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
         parts = {k: getattr(self, k).to_dict(orient="list") for k in ("table", "per_seed")}

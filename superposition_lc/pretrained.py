@@ -75,17 +75,17 @@ class PretrainedSAE(nn.Module):
         if kind == "jumprelu": tensors["threshold"] = threshold.expand(self.n_features).clone()
         tensors |= dict(norms=decoder.norm(dim=-1), scale=torch.tensor(float(scale), dtype=weight.dtype))
         for name, t in tensors.items(): self.register_buffer(name, t)
-
     def encode(self, x:Tensor)->Tensor:
         "(..., S, N) activations -> (..., S, D) codes >= 0; ValueError: wrong shape."
         return _encode(self, _fit(self, x, self.n_neurons, "x"))
     def decode(self, z:Tensor, x:Tensor|None=None)->Tensor:
         "(..., S, D) codes -> (..., S, N) activations; inputs normalised per sample also need the activations `x` (else ValueError)."
         return _decode(self, _fit(self, z, self.n_features, "z"), x if x is None else _fit(self, x, self.n_neurons, "x"))
-
     def forward(self, x:Tensor)->tuple[Tensor, Tensor]: return self.decode(z := self.encode(x), x), z
     @property
-    def directions(self): return _directions(self)  # (D, N), what a code of 1 adds
+    def directions(self)->Tensor:
+        "(D, N), what a code of 1 adds to the reconstruction."
+        return _directions(self)
     def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "kind", "k", "normalise", "fold_norms"))
 
 # %% ../nbs/core/06_pretrained.ipynb #7a91fd22

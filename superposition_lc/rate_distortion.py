@@ -128,7 +128,9 @@ class RateDistortion:
           )->pd.DataFrame:                  # layer, n_neurons, fvu, effective_features, low, high, superposition, warning
         "F at a chosen distortion, one row a layer; ValueError names the range that was measured."
         return _at(self.table, fvu, level)
-    def plot(self, ax=None): return _plot(self.table, ax)
+    def plot(self, ax=None):
+        "F over FVU, a curve a layer with its interval, on matplotlib Axes `ax` (None: a new figure). Returns the Axes."
+        return _plot(self.table, ax)
     def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
         d = {"format": "superposition_lc.rate_distortion", "table": self.table.to_dict(orient="list"), "settings": self.settings}

@@ -110,8 +110,8 @@ class SparseAutoencoder(nn.Module):
                  kind=None):          # one of `KINDS`, made: codes of that kind; None: ReLU or TopK
         super().__init__()
         _check_make(n_neurons, n_features, stack, k, tied, lasso, kind)
-        self.n_neurons, self.n_features, self.stack, self.k, self.tied, self.lasso = n_neurons, n_features, stack, k, tied, lasso
-        self.kind = kind
+        self.n_neurons, self.n_features, self.stack = n_neurons, n_features, stack
+        self.k, self.tied, self.lasso, self.kind = k, tied, lasso, kind
         zeros = lambda *shape: torch.zeros(shape if stack is None else (stack, *shape))
         self.weight = nn.Parameter(nn.functional.normalize(torch.randn_like(zeros(n_features, n_neurons)), dim=-1))
         self.bias = nn.Parameter(zeros(n_features))
@@ -120,23 +120,23 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("scale", zeros() + 1)
         if lasso: self.register_buffer("penalty", zeros(n_features) + 0.15)
         if kind: kind.add(self, zeros)
-
     def encode(self, x:Tensor)->Tensor:
         "(..., S, N) activations, for a stack shared or (K, S, N), -> (..., S, D) codes >= 0; ValueError: wrong shape."
-        x = _check_shape(self, x, self.n_neurons, "x") / _rows(self, self.scale[..., None])
-        return _codes(self, x)
-
+        return _codes(self, _check_shape(self, x, self.n_neurons, "x") / _rows(self, self.scale[..., None]))
     def decode(self, z:Tensor)->Tensor:
         "(..., S, D) codes -> (..., S, N) activations, in the network's units; ValueError: wrong shape."
         x = _check_shape(self, z, self.n_features, "z") @ (self.weight if self.tied else self.decoder)
         return (x if self.tied else x + _rows(self, self.decoder_bias)) * _rows(self, self.scale[..., None])
-
     def extra_repr(self): return ", ".join(f"{n}={getattr(self, n)}" for n in ("n_neurons", "n_features", "stack", "k", "tied", "lasso", "kind")[:6 + bool(self.kind)])
     def forward(self, x:Tensor)->tuple[Tensor, Tensor]: return self.decode(z := self.encode(x)), z
     def __getitem__(self, i): return _members(self, i)
-    def save(self, path:str|Path)->None: _save(self, path)
+    def save(self, path:str|Path)->None:
+        "Write to `path` as safetensors, whole or not at all."
+        _save(self, path)
     @classmethod
-    def load(cls, path:str|Path)->"SparseAutoencoder": return _load(cls, path)
+    def load(cls, path:str|Path)->"SparseAutoencoder":
+        "Read what `save` wrote, on the CPU; ValueError for any other file."
+        return _load(cls, path)
 
 # %% ../nbs/core/05_sae.ipynb #f23d7152
 def _check_sizes(n_neurons, n_features, stack, k):

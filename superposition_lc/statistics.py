@@ -491,7 +491,7 @@ def _published(ax, value, text, x=None):
     if low <= value <= high:
         if x is None: ax.axhline(value, ls=":", color=COLOURS["published"])
         else: ax.plot(x, value, "*", ms=9, color=COLOURS["published"], clip_on=False)
-        ax.annotate(text, (.5 if x is None else x, value), (0, 5), (where, "data"), "offset points", **style)
+        ax.annotate(text, (.03 if x is None else x, value), (0, 5), (where, "data"), "offset points", **style | ({"ha": "left"} if x is None else {}))
     else:
         room = .2 * (high - low)
         edge, inside = (1, -26) if value > high else (0, 18)
@@ -532,7 +532,10 @@ def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, arch
         ax.plot(np.log2(widths), values, "*:", ms=7, color=COLOURS["published"], label=None if i else "published slopes")
         for w, v in points:
             text = f"{v:g}" + f"\n{k} classes" * (w == widths[-1])
-            ax.annotate(text, (np.log2(w), v), (0, 5), textcoords="offset points", ha="center", fontsize=8, color=COLOURS["published"], bbox=dict(fc="white", ec="none", pad=.5, alpha=.7))
+            ax.annotate(text, (np.log2(w), v), (0, -5 if i else 5), textcoords="offset points", ha="center", va="top" if i else "bottom", fontsize=8, color=COLOURS["published"], bbox=dict(fc="white", ec="none", pad=.5, alpha=.7))
+    low, high = ax.get_ylim() # room for labels below stars that are on the axis or just off it
+    below = [v - .25 * (high - low) for points in [*known.values()][1:] for _, v in points if low - .15 * (high - low) < v < high]
+    ax.set_ylim(min([low, *below]), high)
     at, rise = np.array([s.octave.min(), s.octave.max()]), PUBLISHED_TRENDS.get(f"capacity {s.architecture.iloc[0]}", PUBLISHED_TRENDS["capacity"])
     ax.plot(at, s.normalised.mean() + rise * math.log(2) * (at - s.octave.mean()), "--", color=COLOURS["published"], label=f"published trend, {rise:+g} per e-fold")
     ticks = sorted({*s.width, *(w for points in known.values() for w, _ in points)})

@@ -380,17 +380,30 @@ class TextMeasurement:
         self.n_batches, self.n_documents, self.judged, self.finished, self.digest = 0, 0, False, False, ""
         self.residual_error = math.nan # of `residual_error`, on the first batch
 
-    def measurement(self, level=.95, converged=None)->Measurement: return _measurement(self, level, converged or {})
-    def dimensions(self)->pd.DataFrame: return _dimensions(self)
-    def curve(self, level=.95, points=(1, 2, 3, 5, 8, 12, 20, 32, 50))->pd.DataFrame: return _curve(self, level, points)
-    def merge(self, other): return _merge(self, other)
-    def save(self, path): _save(self, path)
+    def measurement(self, level:float=.95, converged:dict|None=None)->Measurement:
+        "Superposition of the sites with intervals of coverage `level`; `converged`, as `train_site_saes` returns it, flags sites that had not settled."
+        return _measurement(self, level, converged or {})
+    def dimensions(self)->pd.DataFrame:
+        "One row a site: dimensions of one occurrence of each token type, and neurons unlike the others on all tokens."
+        return _dimensions(self)
+    def curve(self, level:float=.95, points:tuple=(1, 2, 3, 5, 8, 12, 20, 32, 50))->pd.DataFrame:
+        "F from the first groups of documents, at each number of groups in `points`: one row a site, member and point."
+        return _curve(self, level, points)
+    def merge(self, other:"TextMeasurement")->"TextMeasurement":
+        "Add a pass over other documents (another shard), in place; ValueError: settings differ or a part is not finished."
+        return _merge(self, other)
+    def save(self, path:str|Path)->None:
+        "Write to `path` as safetensors, whole or not at all."
+        _save(self, path)
     @classmethod
-    def load(cls, path): return _load(cls, path)
+    def load(cls, path:str|Path)->"TextMeasurement":
+        "Read what `save` wrote; ValueError for any other file."
+        return _load(cls, path)
     def __repr__(self):
         n = sum(int(s.sums["n"].sum()) for s in list(self._sums.values())[:1])
         return f"TextMeasurement({len(self.sites)} sites, {n:,} tokens of {self.n_documents:,} documents{'' if self.finished else ', not finished'})"
 
+# %% ../nbs/core/07_text.ipynb #45ba05f9
 def _rows(m, site, level, converged):
     "One row a member of a site."
     sums = m._sums[site.name]
@@ -419,7 +432,6 @@ def _measurement(m, level, converged):
     return Measurement(pd.DataFrame(layers), pd.DataFrame(seeds), provenance(level=level, residual_error=m.residual_error, **m.settings))
 
 def _dimensions(m):
-    "One row a site: dimensions of one occurrence of each token type, and neurons unlike the others on all tokens."
     m._types.prune(m._types.cap)
     order, rows = torch.from_numpy(np.argsort(m._types.types)), []
     for site in m.sites:
@@ -435,7 +447,6 @@ def _dimensions(m):
 
 # %% ../nbs/core/07_text.ipynb #b438ac09
 def _curve(m, level, points):
-    "F from the first groups of documents, at each number of groups: one row a site, member and point."
     rows, n_groups = [], m.settings["n_groups"]
     for site in m.sites:
         for i, shares in enumerate(m._sums[site.name].shares):
@@ -466,7 +477,6 @@ def _merge(m, other):
     return m
 
 def _save(m, path):
-    "Whole or not at all, as safetensors."
     tensors = {"types": torch.from_numpy(m._types.types), "keys": torch.from_numpy(m._types.keys.view(np.int64))}
     for name, sums in m._sums.items():
         tensors |= {f"{name}/values": m._types.values[name], f"{name}/peak": sums.peak} | {f"{name}/{k}": v for k, v in sums.sums.items()}

@@ -705,7 +705,7 @@ def plot_controls(table:pd.DataFrame,  # of `run`
         mean = np.exp(np.log(ratio).groupby(rows.n).mean())
         ax.plot(mean.index, mean, color=COLOURS[colour], lw=lw, alpha=.4 if lw > 2 else 1, label=ESTIMATORS[estimator])
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks := sorted({*t.n}), ticks, fontsize=7)
+    ax.set_xticks(ticks := [n for n in sorted({*t.n}) if n & (n - 1) == 0], ticks) # powers of two
     ax.minorticks_off()
     ax.set(xlabel="neurons N", ylabel="F read / F known", title=f"planted, {kind}", ylim=(0, None))
     return ax

@@ -97,7 +97,9 @@ class Crosscode:
     sae: SparseAutoencoder # a stack, one a seed, on activations as `paired` gives them
     bound: float           # relative norm up to which a feature counts as one network's alone
 
-    def plot(self, ax=None): return plot_norms(self.features, self.bound, ax)
+    def plot(self, ax=None):
+        "`plot_norms` of these features."
+        return plot_norms(self.features, self.bound, ax)
 
 def crosscode_pairs(pairs:Mapping,                # {name: (a, b)}, activations as for `crosscode`
                     config:SAEConfig=SAEConfig.quick(), # the estimator

@@ -293,7 +293,7 @@ def figure_6b(table:pd.DataFrame,     # of `run`
     left.set(title="accuracy", ylim=(-.02, 1.04))
     middle.set(title=f"effective features, {estimator}")
     right.set(title="local learning coefficient")
-    left.legend(fontsize=7, loc="center left")
+    left.legend(fontsize=7, loc="center")
     middle.legend(fontsize=7)
     return fig
 
@@ -348,7 +348,7 @@ def reading(table:pd.DataFrame # of `run`
     ends = done if len(done) else first
     lines.append(f"local learning coefficient: peak {ends.llc_peak.median():.0f}, end {ends.llc_end.median():.0f}; its draws have a loss of {table.draw_loss.median():.1f}")
     for r in correlation_summary(table).itertuples():
-        lines.append(f"r with it, {r.quantity}, networks that {'generalise' if r.generalises else 'do not'}: {r.all:.2f}, without the first checkpoint {r.without_first:.2f}, memorising {r.memorising:.2f}, after {r.after:.2f}")
+        lines.append(f"r with it, {r.quantity}, networks that {'generalise' if r.generalises else 'do not'}: {r.all:.2f}, without the first checkpoint {r.without_first:.2f}, memorising {r.memorising:.2f}" + (f", after {r.after:.2f}" if r.generalises else ""))
     lines.append(f"published: F {PUBLISHED['memorising']:.0f} to {PUBLISHED['after'][0]:.0f}-{PUBLISHED['after'][1]:.0f}, coefficient {PUBLISHED['llc_peak']:.0f} to {PUBLISHED['llc_end']:.0f}, r = {PUBLISHED['r']}")
     return "\n".join(lines)
 

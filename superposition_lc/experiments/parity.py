@@ -67,7 +67,7 @@ def parity_gradients(W:Tensor,    # (K, h, n + 1) first layer; the last column i
                      y:Tensor,    # (K, B) labels 0 or 1
                      mask:Tensor, # (K, B, h) dropout: 0, or 1/(1 - p); overwritten
                     )->tuple:     # gradients of W, w2 and b2
-    "Of the mean binary cross entropy, without autograd."
+    "Gradients of the mean binary cross entropy, written out: faster than autograd."
     hidden = torch.bmm(x, W.mT).mul_(mask).relu_()
     d = (torch.einsum("kbh,kh->kb", hidden, w2) + b2[:, None]).sigmoid_().sub_(y).div_(x.shape[1])
     back = torch.ops.aten.threshold_backward(mask.mul_(d[..., None]).mul_(w2[:, None]), hidden, 0)

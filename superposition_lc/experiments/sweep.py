@@ -439,22 +439,24 @@ _READING_COLOURS = dict(released="published", default="ours", equal_distortion="
 
 def plot_changes(table:pd.DataFrame, # of `run`
                  ax=None):           # two matplotlib Axes; None: a new figure
-    "The change of F in every condition and reading, on clean (left) and attacked images (right). Returns the two Axes."
+    "The change of F in every condition and reading, on clean (left) and attacked images (right); an arrow where an interval goes on. Returns the two Axes."
     t = changes(table)
-    names = list(dict.fromkeys(map(_condition, t[_CONDITION].to_dict("records"))))
+    names, (least, most) = list(dict.fromkeys(map(_condition, t[_CONDITION].to_dict("records")))), _limits(t)
     axes = figure(2, width=4.2, height=.9 + .24 * len(names), sharey=True)[1] if ax is None else ax
     for a, inputs in zip(axes, ("clean", "attacked")):
         for k, (reading, colour) in enumerate(_READING_COLOURS.items()):
             rows = t[(t.inputs == inputs) & (t.reading == reading)]
-            y = [names.index(_condition(r)) + .22 * (k - 1) for r in rows.to_dict("records")]
+            y = pd.Series([names.index(_condition(r)) + .22 * (k - 1) for r in rows.to_dict("records")], rows.index, dtype=float)
             a.hlines(y, rows.low, rows.high, color=COLOURS[colour], lw=1.2, alpha=.6)
+            for end, mark, cut in ((least, "<", rows.low < least), (most, ">", rows.high > most)):
+                if cut.any(): a.plot([end] * cut.sum(), y[cut], mark, ms=3, color=COLOURS[colour], clip_on=False)
             a.plot(rows.ratio, y, "o", ms=4, color=COLOURS[colour], label=reading.replace("_", " "))
         a.axvline(1, color=COLOURS["truth"], lw=.8)
         a.set_xscale("log", base=2)
         a.set(xlabel=r"F at the largest $\epsilon$ / F at 0", title=f"measured on {inputs} images", yticks=range(len(names)))
         a.set_xticks([.25, .5, 1, 2, 4])
         a.xaxis.set_major_formatter("{x:g}")
-        a.set_xlim(_limits(t))
+        a.set_xlim(least, most)
     axes[0].set(yticklabels=names, ylim=(len(names) - .5, -.5))
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return axes
@@ -477,7 +479,8 @@ def reading(table:pd.DataFrame # of `run`
     for column in ("scale", "alive_units", "participation_ratio"):
         c = changes(table[table.reading == "default"], column).set_index([*_CONDITION, "inputs"]).ratio
         r = {n: logs[n].corr(c.map(math.log)) for n in READINGS if n in logs}
-        lines.append(f"{column} changes by {c.min():.2f} to {c.max():.2f}; correlation of its log change with that of F: " + ", ".join(f"{n} {v:.2f}" for n, v in r.items()))
+        said = "correlation of its log change with that of F: " + ", ".join(f"{n} {v:.2f}" for n, v in r.items() if v == v)
+        lines.append(f"{column} changes by {c.min():.2f} to {c.max():.2f}; {said if any(v == v for v in r.values()) else 'too little to ask what F has to do with it'}")
     return "\n".join([*lines, *_robustness(table)])
 
 def _robustness(table):
