@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .entropy import ShareAccumulator, effective_features, feature_shares
 from .kinds import KINDS, PREFIXES, kind_from_dict, kind_to_dict, make_kind
 from .runs import atomic_path, progress_bar
-from .sparse_coding import refine, row_prices, sparse_codes
+from .sparse_coding import refine, row_prices, second_steps, sparse_codes
 
 # %% ../nbs/core/05_sae.ipynb #b8099db9
 @dataclass(frozen=True)
@@ -573,7 +573,7 @@ def train_sae(activations:Tensor,         # (S, N), or (L, S, N) for L data sets
     members = [_Member(d, cfg, s) for d in range(len(raw)) for cfg in configs for s in seeds]
     size = max(1, _GROUP // (min(c.batch_size, raw.shape[1]) * c.n_features(n)))
     refining = c.refine_steps if c.kind == "sparse_coding" else 0
-    most = (sum(_round_lengths(c, raw.shape[1])) + refining) * len(members)
+    most = (sum(_round_lengths(c, raw.shape[1])) + refining + c.grow * second_steps(refining, n)) * len(members)
     saes, rows, history, x = [], [], [], raw / scale[:, None, None]
     with progress_bar(desc=f"training {len(members)} autoencoder(s)", show=progress, total=most, unit="step") as bar:
         for group in (members[i:i + size] for i in range(0, len(members), size)):

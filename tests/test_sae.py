@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from superposition_lc import sae as module
+from superposition_lc import sae as module, sparse_coding
 from superposition_lc.data import planted_activations
 from superposition_lc.sae import SAEConfig, SparseAutoencoder, check_activations, energy_scale, sae_gradients, sae_quality, train_sae
 from superposition_lc.sparse_coding import sparse_codes
@@ -626,6 +627,27 @@ def test_bad_activations(x, says):
 def test_bad_stacks(config, seeds, says):
     with pytest.raises(ValueError, match=says):
         fit(config=config, seeds=seeds)
+
+
+def test_the_bar_moves_in_every_step(monkeypatch):
+    "Also in a second search, which takes place where a code is crowded; never beyond its end."
+    moves = []
+
+    class Bar(nullcontext):
+        def __enter__(self): return self
+        def update(self, n): moves.append(n)
+
+    totals = []
+    monkeypatch.setattr(module, "progress_bar", lambda total, **_: totals.append(total) or Bar())
+    counts = []
+    for crowded in (math.inf, -1):
+        monkeypatch.setattr(sparse_coding, "_CROWDED", crowded)
+        monkeypatch.setattr(sparse_coding, "_PLAIN", -1)
+        moves.clear()
+        fit(config=replace(LASSO, grow=True), seeds=2)
+        counts.append(sum(moves))
+    first, both = counts
+    assert both - first == 2 * LASSO.refine_steps and both <= totals[0] == totals[1]
 
 
 # --- a known answer
