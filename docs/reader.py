@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from textwrap import wrap
+from textwrap import indent, wrap
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
@@ -98,22 +98,32 @@ def methods(nb, name: str) -> list[str]:
 
 def row(line: str, width: int = 88) -> str:
     "A parameter or field on a line of its own; its comment goes on below where it is long."
-    name, mark, comment = re.sub(r" {2,}#", " #", line.strip()).partition(" # ")
+    name, mark, comment = re.sub(r"\s*# ", " # ", line.strip(), count=1).partition(" # ")
     first, *more = wrap(comment, width, initial_indent=" " * (len(name) + 7), subsequent_indent="        # ", break_long_words=False) or [""]
     return "\n".join([f"    {name}{mark}{first.strip()}", *more])
 
 
-def header(source: str, node, call: str = "") -> str:
-    "What stands before the body of a function or class, a parameter a line as it is written; `call` replaces `def name`."
+def header(source: str, node) -> str:
+    "What stands before the body of a function or class, a parameter a line as it is written."
     lines, body = source.splitlines(), node.body[0]
     decorators = ["@" + ast.unparse(d) for d in node.decorator_list]
     before = [*lines[node.lineno - 1:body.lineno - 1], lines[body.lineno - 1].encode()[:body.col_offset].decode()]
     text = re.sub(r"\((self|cls)(,\s*|(?=\)))", "(", "\n".join(line.strip() for line in before).strip(), count=1)
-    text = re.sub(r"^(def|class) \w+", call or r"\g<0>", text)
-    if "\n" in text:
-        start, _, rest = text.partition("(")
-        text = "\n".join([start + "(", *(row(line).removeprefix("    " * (line[0] == ")")) for line in rest.splitlines() if line)])
-    return "\n".join([*decorators, text])
+    if "\n" not in text:
+        return "\n".join([*decorators, row(text).removeprefix("    ")])
+    start, _, rest = text.partition("(")
+    return "\n".join([*decorators, start + "(", *(row(line).removeprefix("    " * (line[0] == ")")) for line in rest.splitlines() if line)])
+
+
+def fields(nb, name: str) -> dict[str, str]:
+    "{name: line} of a dataclass, those of its bases in the notebook first."
+    found = {}
+    for source, node in definitions(nb, name)[:1]:
+        for base in node.bases:
+            found |= fields(nb, base.id) if isinstance(base, ast.Name) else {}
+        own = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        found |= {n.target.id: "\n".join(source.splitlines()[n.lineno - 1:n.end_lineno]) for n in own}
+    return found
 
 
 def signature(nb, name: str) -> str:
@@ -124,11 +134,9 @@ def signature(nb, name: str) -> str:
     source, node = definitions(nb, name)[0]
     if isinstance(node, ast.FunctionDef):
         return header(source, node)
-    if init := functions(nb, name).get("__init__"):
-        return header(*init, call=f"class {name}")
-    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-    rows = source.splitlines()[fields[0].lineno - 1:fields[-1].end_lineno] if fields else []
-    return "\n".join([header(source, node), *map(row, rows)])
+    init = functions(nb, name).get("__init__")
+    inside = [indent(header(*init), "    ")] if init else [row(line) for line in fields(nb, name).values()]
+    return "\n".join([header(source, node), *inside])
 
 
 class ReaderFilter(FilterDefaults):

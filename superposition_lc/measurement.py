@@ -29,7 +29,7 @@ from .sae import DENSE, SAEConfig, check_stack, sae_quality, train_sae
 # %% ../nbs/core/07_measurement.ipynb #9cd8bba4
 POOR, FULL = 0.5, 0.8  # limits of FVU and F/D beyond which a row is flagged; that of L0/N is `DENSE`
 
-def row_warning(row:Mapping, # one row of a table: effective_features, n_neurons, n_features, l0, fvu, converged
+def row_warning(row:Mapping, # one row of a table: effective_features, low, n_neurons, n_features, l0, fvu, converged
          )->str:       # "" or the warnings, separated by "; "
     "What is wrong with a measured row, in words."
     F = row["effective_features"]
@@ -49,7 +49,7 @@ class Measurement:
     settings: dict         # estimator, seeds, versions, machine, time
 
     def plot(self, ax=None):
-        "Superposition of each layer with its interval, flagged ones hollow, on matplotlib Axes `ax` (None: a new figure). Returns the Axes."
+        "Effective features of each layer with their interval beside its neurons, flagged ones hollow, on matplotlib Axes `ax` (None: a new figure). Returns the Axes."
         return _plot(self.table, ax)
     def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."

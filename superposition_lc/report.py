@@ -20,9 +20,9 @@ from .runs import atomic_path
 from .statistics import seed_interval
 
 # %% ../nbs/core/08b_report.ipynb #67300c47
-RULE = ("The published value, plus and minus two of its errors where an error is known (of a number without one, that of its rounding or of reading it from a figure), is held against the 95% interval of ours. No overlap: differs. Overlap: agrees, "
-        "unless our interval is as wide as the published value is large; then, and where ours has no interval: cannot tell. "
-        "A claim in words counts as 1, ours is the part of the networks or conditions in which it holds, from those beyond doubt to those not ruled out.")
+RULE = ("The published value, give or take two of its errors, is held against the 95% interval of ours; where no error is published, it is that of rounding, or of reading the value off a figure. "
+        "No overlap: differs. Overlap: agrees, unless our interval is as wide as the published value is large; then, and where ours has no interval: cannot tell. "
+        "A claim in words counts as 1; ours is the part of the networks or conditions in which it holds, half-way between those in which it surely does and those in which it may, which are its interval.")
 
 def verdict(published:float, # the number of the paper
             error:float,     # its standard error; 0 where none is known

@@ -445,7 +445,7 @@ CHECKS = [ # what, as stated, its formula, the ingredients as stated
     ("H3, ResNet-18: R² from t(2)", "0.929", lambda t: t**2 / (t**2 + 2), ("15.7",)),
 ]
 
-def check_published()->pd.DataFrame: # what, stated, from, low, high (what the ingredients allow), agrees
+def check_published()->pd.DataFrame: # what, stated, ingredients, low, high (what they allow), agrees
     "The paper's summary statistics of Section 7, recomputed from the numbers printed beside them."
     rows = []
     for what, stated, formula, ingredients in CHECKS:
@@ -532,9 +532,9 @@ def plot_capacity(slopes:pd.DataFrame, # of `network_slopes`, one data set, arch
         ax.plot(np.log2(widths), values, "*:", ms=7, color=COLOURS["published"], label=None if i else "published slopes")
         for w, v in points:
             text = f"{v:g}" + f"\n{k} classes" * (w == widths[-1])
-            ax.annotate(text, (np.log2(w), v), (0, -5 if i else 5), textcoords="offset points", ha="center", va="top" if i else "bottom", fontsize=8, color=COLOURS["published"], bbox=dict(fc="white", ec="none", pad=.5, alpha=.7))
+            ax.annotate(text, (np.log2(w), v), (0, -5), textcoords="offset points", ha="center", va="top", fontsize=8, color=COLOURS["published"], bbox=dict(fc="white", ec="none", pad=.5, alpha=.7))
     low, high = ax.get_ylim() # room for labels below stars that are on the axis or just off it
-    below = [v - .25 * (high - low) for points in [*known.values()][1:] for _, v in points if low - .15 * (high - low) < v < high]
+    below = [v - .25 * (high - low) for points in known.values() for _, v in points if low - .15 * (high - low) < v < high]
     ax.set_ylim(min([low, *below]), high)
     at, rise = np.array([s.octave.min(), s.octave.max()]), PUBLISHED_TRENDS.get(f"capacity {s.architecture.iloc[0]}", PUBLISHED_TRENDS["capacity"])
     ax.plot(at, s.normalised.mean() + rise * math.log(2) * (at - s.octave.mean()), "--", color=COLOURS["published"], label=f"published trend, {rise:+g} per e-fold")

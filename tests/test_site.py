@@ -91,6 +91,14 @@ def test_symbols_link_to_their_source(notebook_pages):
             assert re.search(r"\.py#L\d+$", link["href"]), f"{name}: {link['href']}"
 
 
+def test_links_to_a_symbol_arrive_at_its_entry(notebook_pages):
+    "A symbol's name is its anchor, which no heading of prose has before it; a class and a function whose names differ in case share one."
+    for name, soup in notebook_pages.items():
+        ids = {link.find_parent("section")["id"] for link in soup.select("a.source-link")}
+        twins = {i for i in ids if re.fullmatch(r".+-\d", i) and i[:-2] not in ids}
+        assert not twins, f"{name}: {twins}"
+
+
 def test_symbols_are_documented_as_they_are_written(notebook_pages):
     "Comments on parameters, on `**kwargs` and on a dataclass's fields, defaults by name, methods, also those of a private base."
     def entry(page, anchor):
@@ -99,7 +107,8 @@ def test_symbols_are_documented_as_they_are_written(notebook_pages):
     assert "**kwargs): # passed to matplotlib's subplots" in entry("plotting", "figure")
     config = entry("sae", "saeconfig")
     assert "@dataclass(frozen=True)\nclass SAEConfig:" in config and "tolerance: float = 0.03 # converged" in config and "prefixes: tuple = PREFIXES #" in config
-    assert "class SparseAutoencoder(\n    n_neurons:int, # N" in entry("sae", "sparseautoencoder")
+    assert "class SparseAutoencoder(nn.Module):\n    def __init__(\n        n_neurons:int, # N" in entry("sae", "sparseautoencoder")
+    assert "k: int" in entry("kinds", "batchtopk")  # a base's field
     assert "def update(\n    codes:Tensor, #" in entry("entropy", "shareaccumulator.update")
     assert "@classmethod\ndef load(path:str|Path)" in entry("text", "textmeasurement.load")
 

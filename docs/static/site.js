@@ -10,11 +10,11 @@ addEventListener("DOMContentLoaded", () => {
   }
   // Names of columns may break after an underscore, so that more columns fit.
   for (const name of document.querySelectorAll(".cell_output thead th")) name.innerHTML = name.innerHTML.replaceAll("_", "_<wbr>");
-  // In the page's contents a method stands under its class, and long names break where their parts meet.
-  for (const link of document.querySelectorAll(".bd-sidebar-secondary nav a")) {
-    for (const text of [...link.querySelectorAll("*"), link].flatMap((e) => [...e.childNodes]).filter((n) => n.nodeType === Node.TEXT_NODE)) {
-      const parts = text.data.replace(/^\s*[A-Z]\w+(?=\.\w+\s*$)/, "").split(/(?<=\w_)(?=\w)/);
-      text.replaceWith(...parts.flatMap((part) => [part, document.createElement("wbr")]).slice(0, -1));
+  // Long names break where their parts meet; in the page's contents a method stands under its class, and needs no more than its own name.
+  for (const name of document.querySelectorAll(".bd-sidebar-secondary nav a, section:has(> p > .source-link) > :is(h3, h4)")) {
+    for (const text of [name, ...name.querySelectorAll("*")].flatMap((e) => [...e.childNodes]).filter((n) => n.nodeType === Node.TEXT_NODE)) {
+      const shown = name.matches("a") ? text.data.replace(/^\s*[A-Z]\w+(?=\.\w+\s*$)/, "") : text.data;
+      text.replaceWith(...shown.split(/(?<=\w[_.])(?=\w)/).flatMap((part) => [document.createElement("wbr"), part]).slice(1));
     }
   }
   // Words in a table wrap, but not into a column of single words.
@@ -35,7 +35,7 @@ addEventListener("DOMContentLoaded", () => {
     pre.replaceChildren(...pre.textContent.split(/(?<=\n)/).map((text) => {
       const line = document.createElement("span");
       line.textContent = text;
-      line.className = /\S {3,}\S|^(tensor\(|array\()?\[\[|^\s+\[/.test(text) || (table && text.length < 90) ? "aligned" : "";
+      line.className = /\S {3,}\S|^(tensor\(|array\()?\[\[|^\s+\[+[-\d. ]/.test(text) || (table && text.length < 90) ? "aligned" : "";
       return line;
     }));
   }

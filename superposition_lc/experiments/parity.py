@@ -365,7 +365,7 @@ def figure_4bc(table):
     "F at both budgets, and accuracy."
     fig, ax = figure(3, width=3)
     for a, args in zip(ax, [("effective_features", "short"), ("effective_features", "full"), ("accuracy", "full")]): plot_dropout(table, *args, a)
-    ax[2].legend(fontsize=7)
+    ax[2].legend(fontsize=7, loc="lower left", bbox_to_anchor=(1, 0))
     return fig
 
 # %% ../../nbs/experiments/11_parity.ipynb #629274d4
