@@ -77,7 +77,7 @@ class Outliers:
         return f"Outliers({len(self.neurons)} of {len(self.size)} neurons, {int(self.massive.sum())} of {len(self.massive)} samples massive{worst})"
 
 def relative_size(squares:Tensor, # (N,) mean square of each neuron
-                 )->Tensor:       # (N,) float64; 1 is typical, and all of them where the median neuron is silent
+                 )->Tensor:       # (N,) float64; 1 is typical; 1 for all where the median neuron is silent
     "Size of each neuron over that of the median neuron."
     size = squares.double().sqrt()
     return size / middle if (middle := size.median()) > 0 else torch.ones_like(size)
@@ -108,7 +108,7 @@ def find_outliers(x:Tensor, # (S, N) activations
 # %% ../nbs/core/04_geometry.ipynb #522a718d
 def outlier_warning(x:Tensor, # (S, N) activations
                    )->str:    # "" where no neuron is unlike the others
-    "What is to be said in a table of outlier neurons that are OUTLIER times the upper quartile, too."
+    "Words for a table on outlier neurons that are larger than OUTLIER times the upper quartile, too; empty where there are none."
     size = relative_size(x.detach().double().square().mean(0))
     size = size / size.quantile(.75).clamp_min(1)
     if not (found := outlier_neurons(size)): return ""

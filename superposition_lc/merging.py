@@ -36,7 +36,7 @@ def split_distance(codes:Tensor,           # (S, D) codes, one row a sample
 # %% ../nbs/core/06_merging.ipynb #3a457b27
 @dataclass(frozen=True, eq=False)
 class MergedFeatures:
-    "Rows of a dictionary merged into features: `groups`, `shares` of the features, largest leader first, and their effective number."
+    "Rows of a dictionary merged into features: `groups`, `shares` of the features, that with the largest leading row first, and their effective number."
     groups: Tensor             # (D,) int64: which feature each row belongs to; -1 for rows that never fire
     shares: Tensor             # (K,) float64, sum to 1 
     effective_features: float  # Hill number of order 1 of the shares

@@ -344,7 +344,7 @@ def _source(path, subfolder, revision):
 def load_sae(
     path_or_release:str|Path,     # folder, zip, weights file, Hugging Face "owner/name", or "pythia-70m-deduped-res-sm"
     subfolder:str|None=None,      # where in it; may be left out if there is one only
-    architecture:str|None=None,   # class or architecture, where the file does not say or says wrong
+    architecture:str|None=None,   # class or architecture, where the file does not say, or says a wrong one
     fold_norms:bool=True,         # multiply codes by the lengths of decoder rows
     norm_scaling_factor:float|None=None, # SAELens's "expected_average_only_in": what activations were multiplied by
     dtype:torch.dtype=torch.float32,     # of the weights and codes

@@ -25,7 +25,7 @@ from .sae import DENSE, SAEConfig, sae_quality, train_sae
 
 # %% ../nbs/core/08_rate_distortion.ipynb #f377ad91
 class RateCurve:
-    "F as a falling function of FVU: isotonic regression on log F, then a monotone cubic in log FVU (ValueError: under 2 points)."
+    "F as a falling function of FVU from `low` to `high`: isotonic regression on log F, then a monotone cubic in log FVU; `misfit` is the largest distance of a point in log F. ValueError: under 2 points."
     def __init__(self,
                  fvu:Sequence[float],  # fractions of variance unexplained, > 0, in any order
                  rate:Sequence[float], # F of each, > 0

@@ -597,7 +597,7 @@ def _panels(parts, draw, title):
 
 # %% ../nbs/core/08_statistics.ipynb #71b2ae4e
 def _slope_panels(table, reading, by, what, draw, **kwargs):
-    "Slopes, a panel a data set and architecture that has several values of `by`."
+    "Slopes, one panel for each data set and architecture with several values of `by`."
     s = network_slopes(_one_reading(table, reading), **kwargs)
     parts = [(n, p) for n, p in s.groupby(["dataset", "architecture"], sort=False) if p[by].nunique() > 1]
     if not parts: raise ValueError(f"no data set and architecture has several values of {by}: nothing to draw against {what}")
@@ -606,13 +606,13 @@ def _slope_panels(table, reading, by, what, draw, **kwargs):
 def figure_7(table:pd.DataFrame,     # tidy, see `check_table`
              reading:str|None=None,  # which reading of F; None: the only one
              **kwargs):              # of `network_slopes`
-    "Slopes against complexity, a panel a data set and architecture that has several class counts. Returns the Figure."
+    "Slopes against complexity, one panel for each data set and architecture with several class counts. Returns the Figure."
     return _slope_panels(table, reading, "n_classes", "complexity", plot_complexity, **kwargs)
 
 def figure_8(table:pd.DataFrame,     # tidy, see `check_table`
              reading:str|None=None,  # which reading of F; None: the only one
              **kwargs):              # of `network_slopes`
-    "Slopes against width, a panel a data set and architecture that has several widths. Returns the Figure."
+    "Slopes against width, one panel for each data set and architecture with several widths. Returns the Figure."
     return _slope_panels(table, reading, "width", "capacity", plot_capacity, **kwargs)
 
 def figure_9(table:pd.DataFrame,     # tidy, see `check_table`; one data set, architecture and class count
@@ -650,6 +650,6 @@ def plot_regimes(slopes:pd.DataFrame, # of `network_slopes`, one data set, archi
 def figure_regimes(table:pd.DataFrame,     # tidy, see `check_table`
                    reading:str|None=None,  # which reading of F; None: the only one
                    **kwargs):              # of `network_slopes`
-    "Demand against capacity, a panel a data set and architecture. Returns the Figure."
+    "Demand against capacity, one panel for each data set and architecture. Returns the Figure."
     s = network_slopes(_one_reading(table, reading), **kwargs)
     return _panels(s.groupby(["dataset", "architecture"], sort=False), plot_regimes, "{}, {}".format)

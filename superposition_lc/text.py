@@ -189,7 +189,9 @@ class TextBatch:
     starts: Tensor         # (B,) int64, place of a window's first token in its document
 
     @property
-    def inputs(self): return dict(input_ids=self.input_ids, attention_mask=self.attention_mask)
+    def inputs(self)->dict:
+        "What a model of transformers is called with."
+        return dict(input_ids=self.input_ids, attention_mask=self.attention_mask)
 
 def _batch(group, rows, pad):
     length = max(len(ids) for _, (ids, _, _) in rows)
@@ -199,7 +201,7 @@ def _batch(group, rows, pad):
 
 # %% ../nbs/core/07_text.ipynb #62bb42ee
 def text_batches(texts,              # as for `read_texts`
-                 tokenizer,          # called as transformers' are
+                 tokenizer,          # of transformers, or whatever is called like one
                  max_tokens:int=512, # of a window
                  windows:int=1,      # of a document, at most
                  batch_size:int=16,  # windows
