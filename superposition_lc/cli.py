@@ -43,7 +43,7 @@ def reading(table:pd.DataFrame # of `experiments.adversarial.run`
     def change(kind):
         a, b = ends[kind]
         sure = "rises" if b.low > a.high else "falls" if b.high < a.low else "does not clearly change"
-        flags = "; ".join(dict.fromkeys(f"at radius {r.eps:g} {r.warning.replace('; ', ', ')}" for r in (a, b) if r.warning))
+        flags = "; ".join(dict.fromkeys(f"{r.warning.replace('; ', ', ')} at radius {r.eps:g}" for r in (a, b) if r.warning))
         return f"{sure} from {a.effective_features:.1f} to {b.effective_features:.1f} on {kind} images" + f" (flagged, not to be relied on: {flags})" * bool(flags)
     a, b = ends["clean"]
     return (f"Trained against attacks of radius {b.eps:g} instead of none, the network's accuracy under attack (radius 0.1) goes from "

@@ -128,8 +128,8 @@ def test_reading_names_flagged_rows_of_its_layer_only():
     flag = lambda layer, eps, kind: table.assign(warning=["dense code" if (r.layer, r.eps, r.inputs) == (layer, eps, kind) else "" for r in table.itertuples()])
     assert "flagged" not in reading(flag("relu2", .3, "clean"))
     said = reading(flag("relu1", .3, "clean")), reading(flag("relu1", 0., "attacked"))
-    assert "25.5 on clean images (flagged, not to be relied on: at radius 0.3 dense code)" in said[0] and said[0].count("flagged") == 1
-    assert "1.5 on attacked images (flagged, not to be relied on: at radius 0 dense code)" in said[1] and said[1].count("flagged") == 1
+    assert "25.5 on clean images (flagged, not to be relied on: dense code at radius 0.3)" in said[0] and said[0].count("flagged") == 1
+    assert "1.5 on attacked images (flagged, not to be relied on: dense code at radius 0)" in said[1] and said[1].count("flagged") == 1
 
 
 def test_text_leaves_out_what_is_not_there():
