@@ -7,7 +7,6 @@ __all__ = ['POOR', 'FULL', 'row_warning', 'Measurement', 'layer_row', 'measure_a
 
 # %% ../nbs/core/07_measurement.ipynb #6b19fcaa
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from .cells import run_cells
 from .entropy import ShareAccumulator, combine_seeds, estimate_columns
 from .geometry import outlier_warning
 from .plotting import COLOURS, axes, interval_plot
-from .runs import atomic_path, provenance
+from .runs import provenance, read_json, write_json
 from .sae import DENSE, SAEConfig, check_stack, sae_quality, train_sae
 
 # %% ../nbs/core/07_measurement.ipynb #9cd8bba4
@@ -53,14 +52,11 @@ class Measurement:
         return _plot(self.table, ax)
     def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
-        parts = {k: getattr(self, k).to_dict(orient="list") for k in ("table", "per_seed")}
-        with atomic_path(path) as p: p.write_text(json.dumps({"format": "superposition_lc.measurement", **parts, "settings": self.settings}, indent=1))
+        write_json(path, "measurement", table=self.table, per_seed=self.per_seed, settings=self.settings)
     @classmethod
     def load(cls, path:str|Path)->"Measurement":
         "Read what `save` wrote; ValueError for any other file."
-        try: d = json.loads(Path(path).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not a whole measurement file: {e}") from None
-        if not isinstance(d, dict) or d.get("format") != "superposition_lc.measurement": raise ValueError(f"{path} was not written by Measurement.save")
+        d = read_json(path, "measurement")
         try:
             m = cls(pd.DataFrame(d["table"]), pd.DataFrame(d["per_seed"]), d["settings"])
             repr(m), m.per_seed.warning

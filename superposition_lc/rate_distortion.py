@@ -6,7 +6,6 @@
 __all__ = ['MISFIT', 'RateCurve', 'point_warning', 'RateDistortion', 'rate_distortion', 'area_between']
 
 # %% ../nbs/core/08_rate_distortion.ipynb #f12ddff9
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from .activations import Activations, named_activations
 from .entropy import ShareAccumulator, combine_seeds, error_parts, estimate_columns, half_width
 from .geometry import outlier_warning
 from .plotting import COLOURS, axes
-from .runs import atomic_path, progress_bar, provenance
+from .runs import progress_bar, provenance, read_json, write_json
 from .sae import DENSE, SAEConfig, sae_quality, train_sae
 
 # %% ../nbs/core/08_rate_distortion.ipynb #f377ad91
@@ -133,14 +132,11 @@ class RateDistortion:
         return _plot(self.table, ax)
     def save(self, path:str|Path)->None:
         "Write to `path` as json, whole or not at all."
-        d = {"format": "superposition_lc.rate_distortion", "table": self.table.to_dict(orient="list"), "settings": self.settings}
-        with atomic_path(path) as p: p.write_text(json.dumps(d, indent=1))
+        write_json(path, "rate_distortion", table=self.table, settings=self.settings)
     @classmethod
     def load(cls, path:str|Path)->"RateDistortion":
         "Read what `save` wrote; ValueError for any other file."
-        try: d = json.loads(Path(path).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not a whole rate-distortion file: {e}") from None
-        if not isinstance(d, dict) or d.get("format") != "superposition_lc.rate_distortion": raise ValueError(f"{path} was not written by RateDistortion.save")
+        d = read_json(path, "rate_distortion")
         try:
             r = cls(pd.DataFrame(d["table"]), dict(d["settings"]))
             repr(r), r.table[_NUMBERS].astype(float), r.table.warning.str.len().astype(int), r.table[["seed", "converged"]]

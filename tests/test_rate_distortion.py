@@ -398,7 +398,7 @@ def test_file_cut_short(two, tmp_path):
     whole = (tmp_path / "r.json").read_bytes()
     for cut in range(0, len(whole), 97):
         (tmp_path / "r.json").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="r.json is not a whole rate-distortion file"):
+        with pytest.raises(ValueError, match="r.json is not a whole rate_distortion file"):
             RateDistortion.load(tmp_path / "r.json")
 
 
