@@ -136,7 +136,7 @@ def signature(nb, name: str) -> str:
         return header(source, node)
     init = functions(nb, name).get("__init__")
     inside = [indent(header(*init), "    ")] if init else [row(line) for line in fields(nb, name).values()]
-    return "\n".join([header(source, node), *inside])
+    return "\n".join([re.sub(r"^(class \w+)\(_\w+\)", r"\1", header(source, node), flags=re.MULTILINE), *inside])
 
 
 class ReaderFilter(FilterDefaults):
