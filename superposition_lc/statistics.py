@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import chdtrc, ndtr, ndtri, stdtr, stdtrit
 
-from .plotting import COLOURS, axes, figure
+from .plotting import COLOURS, axes, figure, shades
 
 # %% ../nbs/core/08_statistics.ipynb #3d8d156d
 def seed_interval(values:Sequence[float], # one number a seed
@@ -402,6 +402,7 @@ def hypotheses(table:pd.DataFrame,       # tidy, see `check_table`, any number o
 # %% ../nbs/core/08_statistics.ipynb #2a2a1f94
 def _legend(ax): ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
+_KINDS = dict(pooled="extra", clean="ours", attacked="more") # not the orange of what is published
 PUBLISHED_EFFECTS = dict(H2=(-.745, .122), H3=(.220, .037)) # per step of complexity; per log width, one layer
 
 def plot_hypotheses(summary:pd.DataFrame, # of `hypotheses`
@@ -414,7 +415,7 @@ def plot_hypotheses(summary:pd.DataFrame, # of `hypotheses`
     for i, kind in enumerate(kinds):
         part = s[s.inputs == kind]
         at = part.reading.map(readings.index) + .15 * (i - (len(kinds) - 1) / 2)
-        ax.errorbar(part.effect, at, xerr=1.96 * part.stderr, fmt="o", ms=4, color=COLOURS.get(kind, COLOURS["extra"]), label=kind)
+        ax.errorbar(part.effect, at, xerr=1.96 * part.stderr, fmt="o", ms=4, color=COLOURS[_KINDS[kind]], label=kind)
     if hypothesis in PUBLISHED_EFFECTS:
         mean, error = PUBLISHED_EFFECTS[hypothesis]
         ax.axvspan(mean - 1.96 * error, mean + 1.96 * error, color=COLOURS["published"], alpha=.12, lw=0)
@@ -470,14 +471,10 @@ def _one_of(rows, columns):
     "Raise ValueError where rows differ in a column that a panel shows one value of."
     if several := [c for c in columns if rows[c].nunique() > 1]: raise ValueError(f"the rows differ in {', '.join(several)}: select one each")
 
-def _shades(n): # n colours in order, light to dark
-    import seaborn as sns
-    return sns.color_palette("viridis_r", n + 1)[1:]
-
 def _slope_lines(s, x, by, label, ax):
     "Normalised slopes with intervals against x, a line for each level of `by`, side by side; the axis keeps to them."
     levels = sorted(s[by].unique())
-    for i, (level, colour) in enumerate(zip(levels, _shades(len(levels)))):
+    for i, (level, colour) in enumerate(zip(levels, shades(len(levels)))):
         part = s[s[by] == level].sort_values(x)
         at = part[x] + .025 * np.ptp(s[x]) * (i - (len(levels) - 1) / 2)
         ax.errorbar(at, part.normalised, [part.normalised - part.low, part.high - part.normalised], fmt="o-", ms=4, lw=1.2, color=colour, label=label.format(level))
@@ -551,7 +548,7 @@ def plot_ratio(table:pd.DataFrame, # tidy, see `check_table`; one data set, arch
     _one_of(table, [c for c in (*CONDITION, "layer") if c != by])
     ax = axes(ax, width=4.4)
     published, levels = [], list(dict.fromkeys(table[by])) if by == "layer" else sorted(table[by].unique())
-    for level, colour in zip(levels, _shades(len(levels))):
+    for level, colour in zip(levels, shades(len(levels))):
         part = table[table[by] == level]
         ratio = part.assign(ratio=part.effective_features / part[part.eps == 0].effective_features.mean())
         for kind, style in zip(INPUTS, ("-", "--")):

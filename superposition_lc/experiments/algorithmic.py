@@ -28,7 +28,7 @@ from .. import __version__
 from ..activations import Activations
 from ..cells import run_cells
 from ..measurement import row_warning
-from ..plotting import COLOURS, axes, figure
+from ..plotting import COLOURS, axes, figure, shades
 from ..rate_distortion import RateDistortion, rate_distortion
 from ..report import claimed, compared
 from ..runs import progress_bar, write_results
@@ -658,7 +658,6 @@ def plot_width(table:pd.DataFrame,      # of `run`
                estimator:str="default", # or "distortion", "released"
                ax=None):                # matplotlib Axes; None: a new figure
     "One panel of Fig. 5: F against N, a line a layer (geometric mean over seeds), a point a seed, flagged ones hollow, crosses where accuracy is below 1. Returns the Axes."
-    import seaborn as sns
     t, ax = _pick(table, task=task, estimator=estimator, network=network), axes(ax, 3.4, 2.9)
     if network == "compressed": t = pd.concat([t, table[(table.task == task) & (table.estimator == estimator) & (table.network == "compiled")]])
     t = t[t.effective_features > 0]
@@ -666,7 +665,7 @@ def plot_width(table:pd.DataFrame,      # of `run`
     ax.plot(ends, ends, color=COLOURS["truth"], lw=1, ls="--", label="F = N")
     ax.axhline(PUBLISHED[task], color=COLOURS["published"], lw=1, ls=":", label="published, full width")
     layers = sorted(t.layer.unique(), key=lambda l: int(l.split()[-1]))
-    for layer, colour in zip(layers, sns.color_palette("crest", len(layers))):
+    for layer, colour in zip(layers, shades(len(layers))):
         rows = t[t.layer == layer]
         for (right, flagged), part in rows.groupby([rows.accuracy == 1, rows.warning != ""]):
             look = dict(marker="o", ms=3, mfc="none" if flagged else colour) if right else dict(marker="x", ms=4)
@@ -678,7 +677,7 @@ def plot_width(table:pd.DataFrame,      # of `run`
     ax.set_yscale("log", base=2)
     ticks = [n for n in (2, 4, 8, 16, 32, 64) if .9 * min(ends) <= n <= 1.1 * max(ends)]
     ax.set_xticks(ticks, ticks)
-    ax.set_yticks([2, 4, 8, 16, 32, 64], [2, 4, 8, 16, 32, 64])
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="neurons N", ylabel="effective features F", title=f"{task}, " + ("compressed" if network == "compressed" else "from scratch"))
     return ax
 
