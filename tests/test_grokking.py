@@ -245,7 +245,8 @@ def test_reading_says_who_generalised():
     t = pd.concat([curve(0, test=(.1,) * 12, features=[100] * 12), curve(1)])
     text = reading(t)
     assert "1 of 2 networks generalise: seed 1 from step 900" in text and "ratio 0.80 (0.80 to 0.80), below 0.92 in 1" in text and "r = 0.908" in text
-    assert "0 of 1 networks generalise\n" in reading(t[t.seed == 0])
+    never = reading(t[t.seed == 0])
+    assert "0 of 1 networks generalise\n" in never and ", after " in text and ", after " not in never
 
 
 def test_report_and_command(tmp_path, capsys):

@@ -163,6 +163,13 @@ def test_names_no_machine(cells):
             assert not found, text[max(0, found.start() - 80):found.end() + 80]
 
 
+def test_tables_show_their_words_whole(cells):
+    "pandas cuts words after 50 characters unless told not to, as docs/execute.py does."
+    for cell in codes(cells):
+        for out in cell["outputs"]:
+            assert not re.search(r"\w\.\.\.</td>", "".join(out.get("data", {}).get("text/html", ""))), f"words cut below\n{cell['source']}"
+
+
 def test_code_cells_are_short(cells):
     "At most 40 lines: longer code belongs in two cells, or in tests/."
     for cell in codes(cells):

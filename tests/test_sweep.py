@@ -473,6 +473,19 @@ def test_report(table, tmp_path):
     assert len(left.get_yticklabels()) == 4 and "2 classes, mlp1 6" in left.get_yticklabels()[0].get_text()
 
 
+def test_what_does_not_change_has_no_correlation(table):
+    said = reading(table.assign(alive_units=8))
+    assert "alive_units changes by 1.00 to 1.00; too little to ask what F has to do with it" in said and "nan" not in said
+
+
+@pytest.mark.parametrize("limits, arrows", [((.999, 1.001), True), ((1e-9, 1e9), False)])
+def test_an_interval_that_goes_on_has_an_arrow(table, limits, arrows, monkeypatch):
+    t = pd.concat([table.assign(seed=s, effective_features=[f * (1 + s * e) for f, e in zip(table.effective_features, table.eps)]) for s in (0, 1, 2)])
+    monkeypatch.setattr(sweep, "_limits", lambda t: limits)
+    marks = {line.get_marker() for ax in plot_changes(t) for line in ax.get_lines()}
+    assert marks & {"<", ">"} == ({"<", ">"} if arrows else set())
+
+
 def test_the_command_keeps_cells_and_goes_on(monkeypatch, tmp_path, capsys):
     "A cell that fails ends with status 2 and its settings; run again, only that one is computed."
     true, seen = sweep.measure_cell, []
